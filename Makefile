@@ -1,0 +1,40 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help install dev test proof bench bench-quick lock
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP) ## make .venv and install the locked dependencies
+
+$(STAMP): requirements-dev.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+dev: install ## run Callora with an embedded PostgreSQL, a demo API and a funded caller
+	@exec $(BIN)/callora dev
+
+test: install ## format, lint, types, layer contracts, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/flake8-async callora tests bench
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+proof: install ## the long runs: crashes, drains, cancellations by the hundred
+	$(BIN)/pytest -m proof --timeout 3600 -s
+
+bench: install ## every lane, at least five repetitions; table and JSON in bench/out
+	$(BIN)/python -m bench
+
+bench-quick: install ## the same lanes in under two minutes
+	$(BIN)/python -m bench --quick
+
+lock: install ## resolve the dependencies anew
+	$(BIN)/uv pip compile --quiet pyproject.toml --universal --generate-hashes --no-header --no-annotate --python-version 3.11 --output-file requirements.lock
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --generate-hashes --no-header --no-annotate --python-version 3.11 --output-file requirements-dev.lock

@@ -1,0 +1,1 @@
+"""Callora: prepaid, pay-per-call API access with durable holds and captures."""
