@@ -11,3 +11,16 @@ class StoreUnavailable(CalloraFault):
 
 class OutcomeUnknown(CalloraFault):
     """A commit was sent and no answer came: it may or may not have happened. Look it up before deciding."""
+
+
+class StoreConflict(CalloraFault):
+    """A deadlock or serialisation failure: the database rolled the work back whole. Nothing was written; repeat it."""
+
+
+class StoreRefused(CalloraFault):
+    """A constraint or trigger of the database refused what an actor should have refused. Nothing was written."""
+
+    def __init__(self, message: str, constraint: str | None, sqlstate: str) -> None:
+        super().__init__(message)
+        self.constraint = constraint
+        self.sqlstate = sqlstate

@@ -1,0 +1,116 @@
+"""`python -m bench`: measure, print the table, write the JSON file."""
+
+import argparse
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from bench.bodies import run_bodies
+from bench.lanes import run_lanes
+from bench.latency import run_latency
+from bench.ledger import run_ledger
+from bench.machine import BenchError, describe, require_tools
+from bench.memory import run_memory
+from bench.plan import FULL, QUICK, Plan, Progress
+from bench.report import Results, render, save
+from bench.stack import Stack, standing
+from bench.start import run_start
+from bench.workers import run_workers
+
+OUT: Final = Path(__file__).resolve().parent / "out"
+
+Section = Callable[[Stack, Plan, Progress, Results], Awaitable[None]]
+
+
+async def _lanes(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
+    results.commit_ms = await stack.postgres.commit_ms(max(2, plan.seconds))
+    progress.say(f"one commit: {results.commit_ms:.2f} ms (pgbench -N, 1 client)")
+    results.lanes = await run_lanes(stack, plan, progress)
+
+
+async def _ledger(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
+    results.ledger = await run_ledger(stack, plan, progress)
+
+
+async def _memory(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
+    results.memory = await run_memory(stack, plan, progress)
+
+
+async def _latency(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
+    results.latency = await run_latency(stack, plan, progress)
+
+
+async def _bodies(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
+    results.bodies = await run_bodies(stack, plan, progress)
+
+
+async def _workers(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
+    results.workers = await run_workers(stack, plan, progress)
+
+
+async def _start(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
+    results.start = await run_start(stack, plan, progress)
+
+
+SECTIONS: Final[dict[str, Section]] = {
+    "lanes": _lanes,
+    "ledger": _ledger,
+    "open-loop": _latency,
+    "bodies": _bodies,
+    "workers": _workers,
+    "start": _start,
+    "memory": _memory,
+}
+
+
+async def run(plan: Plan, sections: list[str], path: Path) -> bool:
+    """Measure the sections, print and save what was found; return whether every figure could be given."""
+    tools = require_tools()
+    machine = describe(tools)
+    progress, results = Progress(), Results()
+    async with standing(tools) as stack:
+        machine.versions["postgresql"] = stack.postgres.version
+        for section in sections:
+            await SECTIONS[section](stack, plan, progress, results)
+    print(render(machine, plan, results))
+    save(path, machine, plan, results)
+    print(f"written to {path}", file=sys.stderr)
+    return not results.complaints()
+
+
+def main() -> None:
+    """Run the benchmark; exit with 1 when a figure could not be given, with 2 when nothing could be measured."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two short repetitions instead of five, in two minutes")
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="measure this only; may be repeated")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures (bench/out by default)")
+    asked = parser.parse_args()
+    plan = QUICK if asked.quick else FULL
+    path = asked.json or OUT / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{plan.name}.json"
+    sys.exit(_guarded(plan, asked.only or list(SECTIONS), path))
+
+
+def _guarded(plan: Plan, sections: list[str], path: Path) -> int:
+    code = 2
+    try:
+        code = 0 if trio.run(run, plan, sections, path) else 1
+    except* BenchError as failed:
+        for each in _leaves(failed):
+            print(f"bench: {each}", file=sys.stderr)
+    return code
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for each in group.exceptions:
+        if isinstance(each, BaseExceptionGroup):
+            yield from _leaves(each)
+        else:
+            yield each
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The catalogue: keys, APIs and prices kept in memory, at most one second behind the database.
+
+Every change of them gets a number in the database, in commit order. This process asks for new numbers every
+`refresh_seconds` and drops what they name; when it cannot ask, it stops trusting what it keeps. So a key revoked or a
+price changed takes effect here within STALE_SECONDS, or nothing is served; the process that makes a change calls
+`refresh` and sees it at once.
+"""
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from hmac import compare_digest
+from typing import Final, Generic, TypeVar
+
+import attrs
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from callora.ledger.faults import CalloraFault, StoreUnavailable
+from callora.ledger.ids import ApiKeyId, VaultId
+from callora.ledger.keys import PREFIX_CHARS, KeyRecord, hash_key
+from callora.ledger.pricing import ApiRecord
+from callora.metrics import Metrics
+from callora.store.reads import Reads
+
+STALE_SECONDS: Final = 1.0
+"""The bound on staleness: nothing kept is used longer than this after the last complete look at the changes."""
+UNKNOWN_SECONDS: Final = 0.5
+"""How long "no such key" and "no such API" are remembered; new keys and APIs announce themselves by being asked for."""
+KEYS_MAX: Final = 200_000
+APIS_MAX: Final = 20_000
+UNKNOWN_MAX: Final = 20_000
+USE_FLUSH_SECONDS: Final = 60.0
+
+V = TypeVar("V")
+
+
+@attrs.define(slots=True, eq=False)
+class _Loading(Generic[V]):
+    done: trio.Event = attrs.field(factory=trio.Event)
+    value: V | None = None
+    fault: CalloraFault | None = None
+
+
+class _Cache(Generic[V]):
+    """Found values by key, least recently loaded out first; absent ones for a moment; one load at a time for a key."""
+
+    def __init__(self, size_max: int) -> None:
+        self._size_max = size_max
+        self.found: OrderedDict[str | bytes, V] = OrderedDict()
+        self._absent: OrderedDict[str | bytes, float] = OrderedDict()
+        self._loading: dict[str | bytes, _Loading[V]] = {}
+        self._drops = 0
+
+    def drop(self, keys: list[str | bytes]) -> None:
+        for key in keys:
+            self.found.pop(key, None)
+        self._absent.clear()
+        self._drops += 1
+
+    async def load(self, key: str | bytes, read: Callable[[], Awaitable[V | None]]) -> V | None:
+        absent_at = self._absent.get(key)
+        if absent_at is not None and trio.current_time() - absent_at < UNKNOWN_SECONDS:
+            return None
+        loading = self._loading.get(key)
+        if loading is not None:
+            await loading.done.wait()
+            if loading.fault is not None:
+                raise loading.fault
+            return loading.value
+        loading = self._loading[key] = _Loading()
+        try:
+            # What was read before a change must not be kept after the change was seen.
+            drops = self._drops
+            loading.value = await read()
+            if drops == self._drops:
+                self._keep(key, loading.value)
+            return loading.value
+        except CalloraFault as fault:
+            loading.fault = fault
+            raise
+        except BaseException:
+            loading.fault = StoreUnavailable("whoever was loading this was cancelled")
+            raise
+        finally:
+            del self._loading[key]
+            loading.done.set()
+
+    def _keep(self, key: str | bytes, value: V | None) -> None:
+        if value is not None:
+            self.found[key] = value
+            if len(self.found) > self._size_max:
+                self.found.popitem(last=False)
+        else:
+            self._absent[key] = trio.current_time()
+            self._absent.move_to_end(key)
+            if len(self._absent) > UNKNOWN_MAX:
+                self._absent.popitem(last=False)
+
+
+class Catalogue:
+    """Keys by their hash, APIs by slug and by number."""
+
+    def __init__(
+        self,
+        reads: Reads,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+        refresh_seconds: float,
+        note_use: Callable[[list[ApiKeyId]], Awaitable[None]],
+    ) -> None:
+        self._reads = reads
+        self._metrics = metrics
+        self._log = log
+        self._refresh_seconds = refresh_seconds
+        self._note_use = note_use
+        self._keys: _Cache[KeyRecord] = _Cache(KEYS_MAX)
+        self._apis: _Cache[ApiRecord] = _Cache(APIS_MAX)
+        self._version = -1
+        self._looked_at = float("-inf")
+        self._used: set[ApiKeyId] = set()
+
+    async def key(self, key: bytes) -> KeyRecord | None:
+        """Return the record of a well-formed key, or None where there is no such key.
+
+        The hash is compared by being looked up: what an attacker learns from timing is about a SHA-256 of his guess.
+
+        Raises:
+            StoreUnavailable: it is not known, and cannot be read now.
+        """
+        digest = hash_key(key)
+        record = self._keys.found.get(digest) if self._fresh else None
+        if record is None:
+            record = await self._keys.load(digest, lambda: self._read_key(key[:PREFIX_CHARS].decode(), digest))
+        if record is not None:
+            self._used.add(record.api_key_id)
+        return record
+
+    async def api(self, slug_or_id: str) -> ApiRecord | None:
+        """Return an API by its slug or its number, or None where there is no such API.
+
+        Raises:
+            StoreUnavailable: it is not known, and cannot be read now.
+        """
+        record = self._apis.found.get(slug_or_id) if self._fresh else None
+        if record is None:
+            record = await self._apis.load(slug_or_id, lambda: self._reads.api(slug_or_id))
+        return record
+
+    async def refresh(self) -> None:
+        """Look at what has changed, and drop it. The process that made a change calls this to see it at once.
+
+        Raises:
+            StoreUnavailable: nothing was looked at.
+        """
+        began = trio.current_time()
+        if self._version < 0:
+            self._version = await self._reads.catalogue_version()
+        elif await self._reads.catalogue_version() != self._version:
+            for change in await self._reads.catalogue_changes(self._version):
+                self._drop(change.kind, change.ref)
+                self._version = change.version
+        self._looked_at = max(self._looked_at, began)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep looking until cancelled; a database that is away is asked again, and nothing kept is used meanwhile."""
+        task_status.started()
+        flush_at = trio.current_time() + USE_FLUSH_SECONDS
+        while True:
+            try:
+                await self.refresh()
+                if trio.current_time() >= flush_at:
+                    flush_at = trio.current_time() + USE_FLUSH_SECONDS
+                    await self._flush_use()
+            except CalloraFault as fault:
+                self._log.warning("catalogue_not_refreshed", error=str(fault))
+            self._metrics.catalogue_age_seconds.set(trio.current_time() - self._looked_at)
+            await trio.sleep(self._refresh_seconds)
+
+    @property
+    def _fresh(self) -> bool:
+        return trio.current_time() - self._looked_at <= STALE_SECONDS
+
+    async def _read_key(self, prefix: str, digest: bytes) -> KeyRecord | None:
+        for record in await self._reads.keys_with_prefix(prefix):
+            if compare_digest(record.key_hash, digest):
+                return record
+        return None
+
+    async def _flush_use(self) -> None:
+        used, self._used = self._used, set()
+        if used:
+            await self._note_use(list(used))
+
+    def _drop(self, kind: str, ref: str) -> None:
+        match kind:
+            case "key":
+                key_id = ApiKeyId(ref)
+                self._keys.drop([digest for digest, key in self._keys.found.items() if key.api_key_id == key_id])
+            case "vault":
+                vault_id = VaultId(ref)
+                self._keys.drop([digest for digest, key in self._keys.found.items() if key.vault_id == vault_id])
+            case "plan":
+                self._keys.drop(list(self._keys.found))
+            case "api":
+                self._apis.drop([name for name, api in self._apis.found.items() if str(api.api_id) == ref])
+            case _:
+                raise AssertionError(f"unknown kind of change: {kind}")

@@ -1,0 +1,75 @@
+"""Charges whose answer was never delivered: undone as soon as the store says what they came to.
+
+A capture that was sent to a database which then fell silent has an unknown outcome, and its caller got no answer. It is
+looked up until it is known: a hold still open is released, a capture is refunded as a new entry (design rules 3 and 7).
+"""
+
+from collections import deque
+from typing import Final
+
+import attrs
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from callora.actors.registry import VaultRegistry
+from callora.ledger.commands import Delivery, Refund, release
+from callora.ledger.faults import CalloraFault
+from callora.ledger.ids import EventId, VaultId
+from callora.ledger.money import Stroops
+from callora.ledger.outcomes import BalanceMoved, HoldClosed, HoldNotOpen, RefundRefused
+
+PENDING_MAX: Final = 100_000
+PAUSE_SECONDS: Final = 0.5
+
+
+@attrs.frozen(slots=True)
+class Undelivered:
+    """A call whose capture has an unknown outcome and whose answer was withheld."""
+
+    vault_id: VaultId
+    event_id: EventId
+    held_amount: Stroops
+    amount: Stroops
+
+
+class Compensator:
+    """One task that undoes what was charged and not delivered."""
+
+    def __init__(self, registry: VaultRegistry, log: FilteringBoundLogger) -> None:
+        self._registry = registry
+        self._log = log
+        self._pending: deque[Undelivered] = deque()
+        self._wake = trio.Event()
+
+    def add(self, undelivered: Undelivered) -> None:
+        """Undo this when its outcome is known; past PENDING_MAX the hold's expiry is left to end it."""
+        if len(self._pending) >= PENDING_MAX:
+            self._log.error("undelivered_dropped", event_id=undelivered.event_id)
+            return
+        self._pending.append(undelivered)
+        self._wake.set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Work until cancelled."""
+        task_status.started()
+        while True:
+            while self._pending:
+                if await self._undo(self._pending[0]):
+                    self._pending.popleft()
+                else:
+                    await trio.sleep(PAUSE_SECONDS)
+            self._wake = trio.Event()
+            await self._wake.wait()
+
+    async def _undo(self, call: Undelivered) -> bool:
+        try:
+            outcome = await self._registry.ask(
+                call.vault_id, release(call.event_id, call.held_amount, Delivery("undelivered"))
+            )
+            if isinstance(outcome, HoldNotOpen) and outcome.state == "captured":
+                refund = Refund(call.event_id, call.amount, f"undelivered:{call.event_id}")
+                outcome = await self._registry.ask(call.vault_id, refund)
+        except CalloraFault:
+            return False
+        self._log.info("undelivered_undone", event_id=call.event_id, outcome=type(outcome).__name__)
+        return isinstance(outcome, HoldClosed | HoldNotOpen | BalanceMoved | RefundRefused)

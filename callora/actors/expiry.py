@@ -1,0 +1,132 @@
+"""The expiry sweep: ends holds that nobody closed, by one written rule: past its time a hold is given back whole.
+
+After a crash this is what frees the money of calls that were in hand. Each row is looked at in the sweeps after its
+birth and then remembered here while its hold is open, so a sweep reads what is new and not what is old.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from callora.actors.mailbox import Envelope
+from callora.actors.registry import VaultRegistry
+from callora.ledger.clock import Clock
+from callora.ledger.commands import expire
+from callora.ledger.faults import CalloraFault
+from callora.ledger.ids import EventId
+from callora.ledger.outcomes import HoldClosed
+from callora.metrics import Metrics
+from callora.store.bridge import Database
+from callora.store.usage import OpenHold, open_holds, still_open
+
+LOOK_BACK: Final = timedelta(hours=25)
+"""A hold lasts a day at most, so the first sweep after a start looks at everything that may be open."""
+BATCH: Final = 5000
+
+
+class ExpirySweep:
+    """One task that expires holds through their vaults' actors."""
+
+    def __init__(
+        self,
+        database: Database,
+        registry: VaultRegistry,
+        clock: Clock,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+        *,
+        interval_seconds: float,
+        commit_seconds_max: float,
+    ) -> None:
+        """Args:
+        commit_seconds_max: a row may become visible this long after its created_at.
+        """
+        self._database = database
+        self._registry = registry
+        self._clock = clock
+        self._metrics = metrics
+        self._log = log
+        self._interval_seconds = interval_seconds
+        self._overlap = timedelta(seconds=commit_seconds_max + 2)
+        self._seen_until: datetime | None = None
+        self._open: dict[EventId, OpenHold] = {}
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Sweep every interval until cancelled; a sweep that fails is made up for by the next."""
+        task_status.started()
+        while True:
+            try:
+                await self.sweep()
+            except CalloraFault as fault:
+                self._log.warning("sweep_failed", error=str(fault))
+            await trio.sleep(self._interval_seconds)
+
+    async def sweep(self) -> int:
+        """Expire what is due now; return how many holds ended."""
+        now = self._clock.now()
+        await self._look(now)
+        due = [hold for hold in self._open.values() if hold.expires_at <= now]
+        ended = 0
+        if due:
+            # A hold may have been closed or given more time since it was seen.
+            present = {hold.event_id: hold for hold in await still_open(self._database, due)}
+            for hold in due:
+                del self._open[hold.event_id]
+            self._open.update(present)
+            ended = await self._expire([hold for hold in present.values() if hold.expires_at <= now])
+        oldest = min((hold.created_at for hold in self._open.values()), default=now)
+        self._metrics.hold_oldest_seconds.set((now - oldest).total_seconds())
+        return ended
+
+    async def _look(self, now: datetime) -> None:
+        since = now - LOOK_BACK if self._seen_until is None else self._seen_until - self._overlap
+        while True:
+            found = await open_holds(self._database, since, now, BATCH)
+            self._open.update((hold.event_id, hold) for hold in found)
+            if len(found) < BATCH:
+                break
+            since = found[-1].created_at
+        self._seen_until = now
+        # What closed in the meantime is dropped here, so that only holds that are open stay in memory.
+        if self._open:
+            kept = await still_open(self._database, list(self._open.values()))
+            self._open = {hold.event_id: hold for hold in kept}
+
+    async def _expire(self, holds: Sequence[OpenHold]) -> int:
+        sent: list[Envelope] = []
+        for hold in holds:
+            envelope = Envelope(expire(hold.event_id, hold.held_amount))
+            if self._registry.send(hold.vault_id, envelope) is None:
+                sent.append(envelope)
+        ended = 0
+        for envelope in sent:
+            if isinstance(await envelope.reply.wait(), HoldClosed):
+                ended += 1
+        if ended:
+            self._metrics.expired_holds.inc(ended)
+            self._log.info("holds_expired", count=ended)
+        return ended
+
+
+Job = Callable[[], Awaitable[None]]
+
+
+async def repeat(
+    name: str,
+    job: Job,
+    interval_seconds: float,
+    log: FilteringBoundLogger,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run a job now and every `interval_seconds`, until cancelled; a fault is logged and the next run makes up for it."""
+    task_status.started()
+    while True:
+        try:
+            await job()
+        except CalloraFault as fault:
+            log.warning("job_failed", job=name, error=str(fault))
+        await trio.sleep(interval_seconds)

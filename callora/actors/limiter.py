@@ -1,0 +1,116 @@
+"""The limiter: the one owner of every key's and user's pace and of every key's running calls, in this process."""
+
+from typing import Final
+
+import attrs
+import trio
+
+from callora.ledger.ids import ApiKeyId, UserId
+from callora.ledger.keys import KeyRecord
+from callora.ledger.limits import Pace, SlidingLog
+
+SWEEP_SECONDS: Final = 30.0
+
+
+@attrs.frozen(slots=True)
+class PaceRefused:
+    """Refused by a rate limit."""
+
+    which: str
+    """`key` or `user`."""
+    pace: Pace
+
+
+@attrs.define(slots=True, eq=False)
+class _User:
+    log: SlidingLog
+
+
+@attrs.define(slots=True, eq=False)
+class KeyPace:
+    """One key's running calls and logs; a call holds it from its admission to its end."""
+
+    log: SlidingLog
+    user: _User
+    running: int = 0
+
+    def pace(self, now: float) -> tuple[str, Pace]:
+        """Return the tighter of the key's and its user's limit, and which it is."""
+        of_key, of_user = self.log.pace(now), self.user.log.pace(now)
+        return ("key", of_key) if of_key.remaining <= of_user.remaining else ("user", of_user)
+
+    def window_seconds(self, which: str) -> float:
+        """Return the window of that limit."""
+        return (self.log if which == "key" else self.user.log).window_seconds
+
+
+class Limiter:
+    """Admits calls by pace and by number at the same time. Plain methods: nothing here waits."""
+
+    def __init__(
+        self,
+        *,
+        user_limit: int,
+        user_window_seconds: float,
+        key_limit_default: int,
+        key_window_seconds: float,
+        running_max: int,
+    ) -> None:
+        self._user_limit = user_limit
+        self._user_window_seconds = user_window_seconds
+        self._key_limit_default = key_limit_default
+        self._key_window_seconds = key_window_seconds
+        self._running_max = running_max
+        self._keys: dict[ApiKeyId, KeyPace] = {}
+        self._users: dict[UserId, _User] = {}
+
+    def enter(self, key: KeyRecord) -> KeyPace | None:
+        """Count a call as running and return its key's pace, or None when the key runs as many as it may.
+
+        Whoever enters leaves, whatever comes of the call.
+        """
+        kept = self._keys.get(key.api_key_id)
+        if kept is None:
+            user = self._users.get(key.user_id)
+            if user is None:
+                user = self._users[key.user_id] = _User(SlidingLog(self._user_limit, self._user_window_seconds))
+            kept = self._keys[key.api_key_id] = KeyPace(SlidingLog(0, self._key_window_seconds), user)
+        if kept.running >= self._running_max:
+            return None
+        kept.running += 1
+        return kept
+
+    def leave(self, kept: KeyPace) -> None:
+        """Count a call as ended."""
+        kept.running -= 1
+
+    def admit(self, key: KeyRecord, kept: KeyPace, now: float) -> PaceRefused | None:
+        """Take one call from the key's and the user's limit, from both or from none.
+
+        Args:
+            now: on Trio's clock.
+        """
+        kept.log.limit = key.rate_limit_per_minute or self._key_limit_default
+        refused = kept.user.log.refuse(now)
+        if refused is not None:
+            return PaceRefused("user", refused)
+        refused = kept.log.refuse(now)
+        if refused is not None:
+            return PaceRefused("key", refused)
+        kept.user.log.admit(now)
+        kept.log.admit(now)
+        return None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Forget logs that have emptied, until cancelled."""
+        task_status.started()
+        while True:
+            await trio.sleep(SWEEP_SECONDS)
+            now = trio.current_time()
+            for key_id, kept in tuple(self._keys.items()):
+                if kept.running == 0 and kept.log.is_empty(now) and kept.user.log.is_empty(now):
+                    del self._keys[key_id]
+            in_use = {id(kept.user) for kept in self._keys.values()}
+            for user_id, user in tuple(self._users.items()):
+                if id(user) not in in_use:
+                    del self._users[user_id]

@@ -1,0 +1,173 @@
+"""The vault registry: one actor for each active vault, started when a command comes, retired when idle.
+
+It supervises its actors. A crash drops the actor's cached state, never its mailbox; past the restart intensity the vault
+fails closed for a while. Nothing here decides anything about money.
+"""
+
+from collections import deque
+from random import Random
+from typing import Final
+
+import attrs
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from callora.actors.mailbox import Envelope
+from callora.actors.vault import Policies, VaultActor
+from callora.actors.writer import LedgerStore, Writer
+from callora.ledger.commands import CloseHold, Command
+from callora.ledger.faults import StoreUnavailable
+from callora.ledger.ids import VaultId
+from callora.ledger.outcomes import Draining, Overloaded
+from callora.metrics import Metrics
+
+RESTARTS_MAX: Final = 5
+RESTARTS_WINDOW_SECONDS: Final = 30.0
+"""More crashes than RESTARTS_MAX within this window, and the vault fails closed."""
+FAILED_CLOSED_SECONDS: Final = 30.0
+IDLE_SECONDS: Final = 2.0
+SWEEP_SECONDS: Final = 1.0
+
+
+@attrs.define(slots=True)
+class _Record:
+    """What is remembered of a vault whose actor has crashed."""
+
+    crashes: deque[float] = attrs.field(factory=deque)
+    closed_until: float = 0.0
+
+
+class VaultRegistry:
+    """Gives commands to vaults. Run it in a nursery; leaving it ends every actor after its last decision is stored."""
+
+    def __init__(
+        self,
+        store: LedgerStore,
+        writer: Writer,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+        random: Random,
+        policies: Policies,
+        mailbox_commands_max: int,
+    ) -> None:
+        self._store = store
+        self._writer = writer
+        self._metrics = metrics
+        self._log = log
+        self._random = random
+        self._policies = policies
+        self._mailbox_commands_max = mailbox_commands_max
+        self._actors: dict[VaultId, VaultActor] = {}
+        self._records: dict[VaultId, _Record] = {}
+        self._nursery: trio.Nursery | None = None
+        self._closing = False
+        self._closed = trio.Event()
+
+    @property
+    def active(self) -> int:
+        """Vaults that have an actor now."""
+        return len(self._actors)
+
+    async def ask(self, vault_id: VaultId, command: Command) -> object:
+        """Send a command and return what it came to (`ledger.outcomes`).
+
+        Returns:
+            Overloaded or Draining without anything done, or the command's own outcome.
+
+        Raises:
+            StoreUnavailable: nothing was written.
+            OutcomeUnknown: it may have been stored; its id tells.
+
+        Cancellation: the waiting ends; the command may still be carried out. Who cancels a PlaceHold sends its release.
+        """
+        envelope = Envelope(command)
+        refusal = self.send(vault_id, envelope)
+        if refusal is not None:
+            await trio.lowlevel.checkpoint()
+            return refusal
+        return await envelope.reply.wait()
+
+    def send(self, vault_id: VaultId, envelope: Envelope) -> Overloaded | Draining | None:
+        """Queue a command without waiting; return why not, or None.
+
+        The close of a hold is never refused for a full mailbox: there are no more of them than holds were admitted.
+        """
+        actor = self._actors.get(vault_id)
+        if actor is None:
+            if self._nursery is None or self._closing:
+                return Draining()
+            record = self._records.get(vault_id)
+            if record is not None and record.closed_until > trio.current_time():
+                envelope.reply.fail(StoreUnavailable("this vault's actor keeps failing"))
+                return None
+            actor = VaultActor(vault_id, self._store, self._writer, self._policies(vault_id), self._random)
+            self._actors[vault_id] = actor
+            self._nursery.start_soon(self._supervise, actor, name=f"vault {vault_id}")
+        elif actor.depth >= self._mailbox_commands_max and not isinstance(envelope.command, CloseHold):
+            return Overloaded()
+        actor.last_active = trio.current_time()
+        actor.send(envelope)
+        return None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Hold the actors' nursery until `close`, then until every actor has ended.
+
+        Cancellation: actors end at once; what was decided is still answered by the writer.
+        """
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._sweep)
+            task_status.started()
+
+    def close(self) -> None:
+        """Take no commands for vaults without an actor, and let every actor end when its mailbox is empty."""
+        self._closing = True
+        self._closed.set()
+        for vault_id in tuple(self._actors):
+            self._retire(vault_id)
+
+    def _retire(self, vault_id: VaultId) -> None:
+        self._actors.pop(vault_id).outbox.close()
+
+    async def _sweep(self) -> None:
+        """Retire idle actors: a vault nobody calls costs nothing."""
+        while not self._closing:
+            with trio.move_on_after(SWEEP_SECONDS):
+                await self._closed.wait()
+            before = trio.current_time() - IDLE_SECONDS
+            deepest = 0
+            for vault_id, actor in tuple(self._actors.items()):
+                deepest = max(deepest, actor.depth)
+                if actor.last_active < before and actor.idle:
+                    self._retire(vault_id)
+            self._metrics.active_vaults.set(len(self._actors))
+            self._metrics.vault_mailbox_depth_max.set(deepest)
+            for vault_id, record in tuple(self._records.items()):
+                if record.crashes[-1] < trio.current_time() - FAILED_CLOSED_SECONDS:
+                    del self._records[vault_id]
+
+    async def _supervise(self, actor: VaultActor) -> None:
+        while True:
+            try:
+                await actor.run()
+                return
+            except Exception:
+                self._log.exception("vault_actor_crashed", vault_id=actor.vault_id)
+                self._metrics.actor_restarts.inc()
+                actor.abandon()
+                if self._fails_closed(actor.vault_id):
+                    self._actors.pop(actor.vault_id, None)
+                    actor.drop_mailbox()
+                    return
+                await trio.sleep(0.05 * self._random.random() * len(self._records[actor.vault_id].crashes))
+
+    def _fails_closed(self, vault_id: VaultId) -> bool:
+        now = trio.current_time()
+        record = self._records.setdefault(vault_id, _Record())
+        record.crashes.append(now)
+        while record.crashes[0] < now - RESTARTS_WINDOW_SECONDS:
+            record.crashes.popleft()
+        if len(record.crashes) <= RESTARTS_MAX:
+            return False
+        record.closed_until = now + FAILED_CLOSED_SECONDS
+        return True

@@ -1,0 +1,419 @@
+"""One vault's actor: the only owner of its cached balance, one command at a time.
+
+Decide on the cached state, persist through the writer, apply, reply: no reply overtakes its commit. The state is a
+cache. A refusal is given only on a state read after the command came; a lost round, a failed commit or a crash drops
+the state, and the truth is read again.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from random import Random
+
+import trio
+
+from callora.actors.mailbox import Envelope
+from callora.actors.writer import LedgerStore, Stake, Writer
+from callora.ledger.commands import CloseHold, LockedCommand, PlaceHold
+from callora.ledger.faults import CalloraFault
+from callora.ledger.ids import EventId, VaultId
+from callora.ledger.money import Stroops
+from callora.ledger.outcomes import (
+    HoldClosed,
+    HoldNotOpen,
+    HoldPlaced,
+    IdempotencyKeyTaken,
+    InsufficientFunds,
+    PolicyRefused,
+    StandingRefused,
+    VaultMissing,
+)
+from callora.ledger.rounds import Share
+from callora.ledger.vault import HoldPolicy, VaultState, apply_close, apply_hold, refuse_hold
+
+LOSSES_BEFORE_LOCK = 2
+"""A command that lost this many rounds is stored with the vault's row locked, where it cannot lose."""
+CLOSE_RETRY_SECONDS = 5.0
+"""A close is tried again after a fault for this long: it is idempotent by its event, and its money waits for it."""
+RETRY_PAUSE_SECONDS = 0.1
+
+Policies = Callable[[VaultId], Sequence[HoldPolicy]]
+"""Where plan quotas and spending limits join the decision; a vault with any is guarded by its version."""
+
+
+def no_policies(_: VaultId) -> Sequence[HoldPolicy]:
+    """Return no policy: the balance and the standing alone decide."""
+    return ()
+
+
+class VaultActor:
+    """Serialises the commands of one vault."""
+
+    __slots__ = (
+        "_again",
+        "_claiming",
+        "_doubted",
+        "_followers",
+        "_hand",
+        "_inbox",
+        "_placing",
+        "_policies",
+        "_random",
+        "_settled_event",
+        "_stakes",
+        "_state",
+        "_store",
+        "_writer",
+        "depth",
+        "last_active",
+        "outbox",
+        "vault_id",
+    )
+
+    def __init__(
+        self, vault_id: VaultId, store: LedgerStore, writer: Writer, policies: Sequence[HoldPolicy], random: Random
+    ) -> None:
+        self.vault_id = vault_id
+        self._store = store
+        self._writer = writer
+        self._policies = policies
+        self._random = random
+        self.outbox: trio.MemorySendChannel[Envelope | None]
+        self._inbox: trio.MemoryReceiveChannel[Envelope | None]
+        # Unbounded for the closes of holds already placed, which must never be refused; holds are bounded by `depth`
+        # where they are sent.
+        self.outbox, self._inbox = trio.open_memory_channel(float("inf"))
+        self.depth = 0
+        self.last_active = 0.0
+        self._state: VaultState | None = None
+        self._stakes: deque[Stake] = deque()
+        self._hand: deque[Envelope] = deque()
+        self._doubted: deque[Envelope] = deque()
+        self._again: deque[Envelope] = deque()
+        self._placing: set[EventId] = set()
+        self._followers: dict[EventId, list[Envelope]] = {}
+        self._claiming: set[str] = set()
+        self._settled_event: trio.Event | None = None
+
+    @property
+    def idle(self) -> bool:
+        """True when nothing is queued, decided or on its way."""
+        return not (self.depth or self._stakes or self._again or self._hand or self._doubted)
+
+    def send(self, envelope: Envelope) -> None:
+        """Queue a command. Never blocks and never refuses; the registry bounds what may be refused."""
+        self.depth += 1
+        self.outbox.send_nowait(envelope)
+
+    async def run(self) -> None:
+        """Carry out commands until the mailbox is closed and empty and every decision is stored.
+
+        Cancellation: commands not yet decided are answered as unknown; decided ones are answered by the writer.
+        """
+        while True:
+            if not self._again and not self._hand:
+                try:
+                    await self._take()
+                except trio.EndOfChannel:
+                    await self._settle()
+                    if not self._again:
+                        return
+            while self.depth:
+                self._receive(self._inbox.receive_nowait())
+            self._hand.extend(self._again)
+            self._again.clear()
+            await self._work_off()
+
+    def abandon(self) -> None:
+        """After a crash: forget the cached state and answer what was in hand as unknown.
+
+        Stakes already with the writer stay theirs to answer.
+        """
+        self._state = None
+        waiting = [*self._take_waiting(), *self._again]
+        self._again.clear()
+        for envelope in waiting:
+            if isinstance(envelope.command, PlaceHold):
+                waiting += self._forget_placing(envelope.command)
+        for envelope in waiting:
+            with envelope:
+                pass
+
+    def drop_mailbox(self) -> None:
+        """Answer everything still queued as unknown and take nothing more."""
+        self.outbox.close()
+        while self.depth:
+            envelope = self._inbox.receive_nowait()
+            self.depth -= envelope is not None
+            if envelope is not None:
+                with envelope:
+                    pass
+
+    # What the writer tells, between checkpoints, in the order of the stakes.
+
+    def stored(self, stake: Stake, present: VaultState | None, missed: frozenset[EventId]) -> None:
+        """Answer a stake that is durable."""
+        self._end(stake)
+        if present is not None and self._state is not None:
+            self._resume_from(present)
+        for envelope in stake.envelopes:
+            command = envelope.command
+            if isinstance(command, PlaceHold):
+                followers = self._forget_placing(command)
+                if command.event_id in missed:
+                    self._state = None
+                    envelope.reply.resolve(IdempotencyKeyTaken())
+                else:
+                    envelope.reply.resolve(HoldPlaced(envelope.available))
+                self._repeat(followers)
+            elif isinstance(command, CloseHold):
+                if command.event_id in missed:
+                    self._state = None
+                    envelope.look_up = True
+                    self._repeat([envelope])
+                else:
+                    envelope.reply.resolve(HoldClosed(command.state, command.amount, envelope.available))
+
+    def lost(self, stake: Stake) -> None:
+        """Decide a stake's commands again, on a state read anew."""
+        self._end(stake)
+        self._state = None
+        for envelope in stake.envelopes:
+            envelope.losses += 1
+        self._repeat(stake.envelopes)
+
+    def failed(self, stake: Stake, fault: CalloraFault) -> None:
+        """Answer holds with the fault; try closes again, looking up first what became of them."""
+        self._end(stake)
+        self._state = None
+        for envelope in stake.envelopes:
+            if isinstance(envelope.command, PlaceHold):
+                followers = self._forget_placing(envelope.command)
+                envelope.reply.fail(fault)
+                self._repeat(followers)
+            else:
+                self._retry_or_fail(envelope, fault)
+
+    # The actor's own task.
+
+    async def _take(self) -> None:
+        self._receive(await self._inbox.receive())
+
+    def _receive(self, envelope: Envelope | None) -> None:
+        if envelope is not None:
+            self.depth -= 1
+            self._hand.append(envelope)
+
+    async def _work_off(self) -> None:
+        """Empty the hand: decide what the cached state allows, then what it would refuse on a state read anew."""
+        while self._hand:
+            envelope = self._hand[0]
+            command = envelope.command
+            if not isinstance(command, PlaceHold | CloseHold):
+                await self._carry_out(envelope, command)
+            elif envelope.look_up and isinstance(command, CloseHold):
+                await self._look_up(envelope, command)
+            elif envelope.losses >= LOSSES_BEFORE_LOCK:
+                await self._store_locked(envelope, command)
+            elif self._state is None and not await self._load():
+                return
+            elif not self._decide(envelope, command, final=False):
+                self._doubted.append(envelope)
+            self._hand.popleft()
+        if self._doubted and await self._load():
+            while self._doubted:
+                envelope = self._doubted[0]
+                assert isinstance(envelope.command, PlaceHold)
+                self._decide(envelope, envelope.command, final=True)
+                self._doubted.popleft()
+
+    async def _load(self) -> bool:
+        """Read the vault's state once every decision is stored; answer all who wait for it when that cannot be done."""
+        await self._settle()
+        try:
+            states = await self._store.load_vaults([self.vault_id])
+        except CalloraFault as fault:
+            await self._refuse_for_now(fault)
+            return False
+        self._state = states.get(self.vault_id)
+        if self._state is None:
+            for envelope in self._take_waiting():
+                envelope.reply.resolve(VaultMissing())
+            return False
+        return True
+
+    def _take_waiting(self) -> list[Envelope]:
+        waiting = [*self._doubted, *self._hand]
+        self._doubted.clear()
+        self._hand.clear()
+        return waiting
+
+    async def _refuse_for_now(self, fault: CalloraFault) -> None:
+        for envelope in self._take_waiting():
+            if isinstance(envelope.command, CloseHold):
+                self._retry_or_fail(envelope, fault)
+            else:
+                if isinstance(envelope.command, PlaceHold):
+                    self._repeat(self._forget_placing(envelope.command))
+                envelope.reply.fail(fault)
+        if self._again:
+            await self._pause()
+
+    async def _pause(self) -> None:
+        await trio.sleep(RETRY_PAUSE_SECONDS * (0.5 + self._random.random()))
+
+    def _decide(self, envelope: Envelope, command: PlaceHold | CloseHold, *, final: bool) -> bool:
+        """Decide one command on the cached state; return False for a refusal that wants a state read anew."""
+        state = self._state
+        assert state is not None
+        if isinstance(command, PlaceHold):
+            if command.claim is not None and command.claim.key in self._claiming and envelope.losses == 0:
+                envelope.reply.resolve(IdempotencyKeyTaken())
+                return True
+            refusal = refuse_hold(state, command, self._policies)
+            if refusal is not None:
+                if final:
+                    self._repeat(self._forget_placing(command))
+                    envelope.reply.resolve(refusal)
+                return final
+            self._stake(envelope).share.place(command)
+            apply_hold(state, command.amount)
+            self._placing.add(command.event_id)
+            if command.claim is not None:
+                self._claiming.add(command.claim.key)
+        elif command.event_id in self._placing:
+            # The hold is not stored yet, and a close in its own round would not find it.
+            self._followers.setdefault(command.event_id, []).append(envelope)
+            return True
+        else:
+            self._stake(envelope).share.close(command)
+            apply_close(state, command.held_amount, command.amount)
+        envelope.available = state.available
+        return True
+
+    def _stake(self, envelope: Envelope) -> Stake:
+        stake = self._writer.stake(self, self.vault_id, self._new_share)
+        if not self._stakes or self._stakes[-1] is not stake:
+            self._stakes.append(stake)
+        stake.envelopes.append(envelope)
+        return stake
+
+    def _new_share(self) -> Share:
+        assert self._state is not None
+        share = Share(self.vault_id, self._state.version, guarded=bool(self._policies))
+        self._state.version += 1
+        return share
+
+    async def _look_up(self, envelope: Envelope, command: CloseHold) -> None:
+        """Decide a close whose earlier attempt may have been stored, from what the store says of its event."""
+        await self._settle()
+        try:
+            event = await self._store.find_event(self.vault_id, command.event_id)
+            states = await self._store.load_vaults([self.vault_id])
+        except CalloraFault as fault:
+            self._retry_or_fail(envelope, fault)
+            await self._pause()
+            return
+        self._state = states.get(self.vault_id)
+        if event is not None and event.state == "held":
+            envelope.look_up = False
+            self._again.append(envelope)
+        elif event is not None and event.state == command.state and event.amount == command.amount:
+            assert self._state is not None, "a usage event has a vault"
+            envelope.reply.resolve(HoldClosed(command.state, command.amount, self._state.available))
+        else:
+            envelope.reply.resolve(HoldNotOpen(None if event is None or event.state == "held" else event.state))
+
+    async def _store_locked(self, envelope: Envelope, command: PlaceHold | CloseHold) -> None:
+        """Store one command that keeps losing, decided while the vault's row is locked."""
+        await self._settle()
+        self._state = None
+        refusals: list[InsufficientFunds | StandingRefused | PolicyRefused] = []
+
+        def decide(state: VaultState) -> Share:
+            share = Share(self.vault_id, state.version, guarded=True)
+            if isinstance(command, CloseHold):
+                share.close(command)
+            elif (refusal := refuse_hold(state, command, self._policies)) is not None:
+                refusals.append(refusal)
+            else:
+                share.place(command)
+            envelope.available = Stroops(state.available + share.available_change)
+            return share
+
+        try:
+            share, result = await self._store.commit_locked_round(self.vault_id, decide)
+        except CalloraFault as fault:
+            self.failed(self._stake_alone(envelope), fault)
+            return
+        if refusals:
+            assert isinstance(command, PlaceHold)
+            self._repeat(self._forget_placing(command))
+            envelope.reply.resolve(refusals[0])
+        else:
+            self.stored(self._stake_alone(envelope, share), None, result.missed)
+
+    def _stake_alone(self, envelope: Envelope, share: Share | None = None) -> Stake:
+        """Return a stake that never went through the writer, so that one way of ending stakes serves both."""
+        stake = Stake(self, share or Share(self.vault_id, 0, guarded=True), [envelope])
+        self._stakes.append(stake)
+        return stake
+
+    async def _carry_out(self, envelope: Envelope, command: LockedCommand) -> None:
+        """Carry out a rare command alone, when everything decided before it is stored."""
+        await self._settle()
+        self._state = None
+        try:
+            outcome = await self._store.commit_locked(self.vault_id, command)
+        except CalloraFault as fault:
+            envelope.reply.fail(fault)
+        else:
+            envelope.reply.resolve(outcome)
+
+    async def _settle(self) -> None:
+        while self._stakes:
+            self._settled_event = trio.Event()
+            await self._settled_event.wait()
+
+    # Small things.
+
+    def _end(self, stake: Stake) -> None:
+        first = self._stakes.popleft()
+        assert first is stake, "stakes end in the order they were taken"
+        if not self._stakes and self._settled_event is not None:
+            self._settled_event.set()
+
+    def _resume_from(self, present: VaultState) -> None:
+        """Take over the state another process left, with what is decided since on top of it."""
+        for stake in self._stakes:
+            present.available = Stroops(present.available + stake.share.available_change)
+            present.held = Stroops(present.held + stake.share.held_change)
+        present.version += len(self._stakes)
+        # Decisions on the way may not fit what is there now: their round refuses them, and the state is read anew.
+        self._state = present if present.available >= 0 else None
+
+    def _repeat(self, envelopes: Sequence[Envelope]) -> None:
+        if envelopes:
+            self._again.extend(envelopes)
+            try:
+                self.outbox.send_nowait(None)
+            except trio.ClosedResourceError:
+                pass  # the actor looks at what is to be repeated before it ends
+
+    def _retry_or_fail(self, envelope: Envelope, fault: CalloraFault) -> None:
+        now = trio.current_time()
+        if envelope.give_up_at == 0.0:
+            envelope.give_up_at = now + CLOSE_RETRY_SECONDS
+        if now < envelope.give_up_at:
+            envelope.look_up = True
+            self._repeat([envelope])
+        else:
+            envelope.reply.fail(fault)
+
+    def _forget_placing(self, command: PlaceHold) -> list[Envelope]:
+        self._placing.discard(command.event_id)
+        if command.claim is not None:
+            self._claiming.discard(command.claim.key)
+        return self._follow(command.event_id)
+
+    def _follow(self, event_id: EventId) -> list[Envelope]:
+        return self._followers.pop(event_id, [])

@@ -1,0 +1,105 @@
+"""What a new installation shows: a demo developer with a demo API, and a consumer with a funded vault and a key."""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from callora.ledger.commands import Deposit
+from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, UserId, VaultId
+from callora.ledger.keys import RANDOM_BYTES, make_key
+from callora.ledger.money import parse_usdc
+from callora.ledger.outcomes import BalanceMoved
+from callora.service import Context, Ledger
+from callora.store import accounts
+from callora.store.accounts import PricedEndpoint
+from callora.store.keys import add_key
+from callora.store.reads import Reads
+
+API_SLUG: Final = "weather-api"
+DEPOSIT: Final = "100"
+"""USDC in the demo consumer's vault on the first start."""
+ENDPOINTS: Final = (
+    PricedEndpoint("GET", "/current", parse_usdc("0.01")),
+    PricedEndpoint("GET", "/forecast", parse_usdc("0.05")),
+    PricedEndpoint("POST", "/reports/{city}", parse_usdc("0.02")),
+    PricedEndpoint("*", "*", parse_usdc("0.005")),
+)
+_CREDENTIALS_FILE: Final = "credentials.json"
+
+
+@attrs.frozen
+class DevCredentials:
+    """The secrets of a development data directory, made once and kept in it, readable by its owner alone."""
+
+    admin_api_key: str
+    jwt_secret: str
+    metrics_api_key: str
+    consumer_api_key: str
+
+
+def dev_credentials(data_dir: Path) -> DevCredentials:
+    """Return the directory's credentials, made on the first call."""
+    path = data_dir / _CREDENTIALS_FILE
+    if not path.exists():
+        made = DevCredentials(
+            admin_api_key=secrets.token_urlsafe(24),
+            jwt_secret=secrets.token_urlsafe(48),
+            metrics_api_key=secrets.token_urlsafe(24),
+            consumer_api_key=make_key("testnet", secrets.token_bytes(RANDOM_BYTES)),
+        )
+        temporary = path.with_suffix(".new")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(attrs.asdict(made), file)
+        temporary.rename(path)
+    return DevCredentials(**json.loads(path.read_text()))
+
+
+@attrs.frozen
+class Demo:
+    """The ids of the demo's people and things."""
+
+    consumer_id: UserId
+    vault_id: VaultId
+    developer_user_id: UserId
+    api_id: ApiId
+
+
+async def ensure_demo(context: Context, ledger: Ledger, credentials: DevCredentials, upstream_url: str) -> Demo:
+    """Return the demo, made where it is missing; a second start finds it, with what was spent."""
+    database, now, ids = ledger.database, context.clock.now(), context.ids
+    developer_user = await _ensure_user(context, ledger, "Demo developer")
+    consumer = await _ensure_user(context, ledger, "Demo consumer")
+    developer = await accounts.ensure_developer(database, DeveloperId(ids.uuid7()), developer_user, "Demo Weather", now)
+    api_id = await accounts.ensure_api(
+        database,
+        developer_id=developer,
+        slug=API_SLUG,
+        name="Weather",
+        base_url=upstream_url,
+        endpoints=ENDPOINTS,
+        now=now,
+    )
+    vault_id = await accounts.ensure_vault(database, VaultId(ids.uuid7()), consumer, "testnet", "enterprise", now)
+    moved = await ledger.registry.ask(vault_id, Deposit(parse_usdc(DEPOSIT), "demo"))
+    assert isinstance(moved, BalanceMoved)
+    key = credentials.consumer_api_key
+    if not await Reads(database).keys_with_prefix(key[:16]):
+        added = await add_key(
+            database, api_key_id=ApiKeyId(ids.uuid7()), vault_id=vault_id, key=key, name="Demo key", now=now
+        )
+        assert added
+    return Demo(consumer, vault_id, developer_user, api_id)
+
+
+async def _ensure_user(context: Context, ledger: Ledger, name: str) -> UserId:
+    found = await accounts.find_user(ledger.database, name)
+    if found is not None:
+        return found
+    user_id = UserId(context.ids.uuid7())
+    await accounts.add_user(ledger.database, user_id, name, context.clock.now())
+    return user_id

@@ -1,0 +1,280 @@
+"""Admission: the checks before a call costs anything, cheapest and most private first, each with its own refusal.
+
+The order is part of the contract (docs/architecture.md): nothing is charged before the last check, a 401 or 403 uses no
+rate slot, and who has no key learns nothing about which APIs exist.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from ipaddress import ip_address
+from typing import Final
+
+import attrs
+
+from callora.actors.breaker import BREAKERS_MAX, Breaker, BreakerSettings, Ticket
+from callora.actors.catalogue import Catalogue
+from callora.actors.limiter import KeyPace, Limiter
+from callora.http.gateway.addresses import Resolver, Target, TargetBlocked, TargetUnresolved, parse_base_url
+from callora.http.gateway.heads import RequestHead
+from callora.http.problems import Details
+from callora.ledger.clock import Clock
+from callora.ledger.ids import ApiId
+from callora.ledger.keys import KeyRecord, is_well_formed
+from callora.ledger.pricing import AmbiguousPath, ApiRecord, Endpoint, Price
+from callora.metrics import Metrics
+
+CALL_PREFIX: Final = b"/v1/call/"
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_IDEMPOTENCY_KEY: Final = re.compile(rb"[\x21-\x7e]{1,255}")
+_DRAIN_RETRY_SECONDS: Final = 5
+_TARGETS_MAX: Final = 20_000
+
+
+class Refused(Exception):
+    """A call that ends with a problem document. Nothing was charged unless `charge` says so."""
+
+    def __init__(
+        self,
+        code: str,
+        message: str | None = None,
+        *,
+        details: Details | None = None,
+        retry_seconds: float | None = None,
+        close: bool = False,
+    ) -> None:
+        super().__init__(code)
+        self.code = code
+        self.message = message
+        self.details = details
+        self.retry_seconds = retry_seconds
+        """Becomes Retry-After, rounded up; at least 1."""
+        self.close = close
+        """True: the connection ends with the answer."""
+
+
+@attrs.frozen(slots=True, eq=False)
+class Caller:
+    """Who calls."""
+
+    key: KeyRecord
+    pace: KeyPace
+    key_in_authorization: bool
+
+
+@attrs.frozen(slots=True, eq=False)
+class Offer:
+    """What is called, and what it costs now."""
+
+    api: ApiRecord
+    endpoint: Endpoint
+    price: Price
+    path: bytes
+    """The path below the API, as sent."""
+
+
+class Admission:
+    """Answers whether a call may go on."""
+
+    def __init__(
+        self,
+        *,
+        catalogue: Catalogue,
+        limiter: Limiter,
+        resolver: Resolver,
+        breaker_settings: BreakerSettings,
+        trusted_proxies: int,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._catalogue = catalogue
+        self._limiter = limiter
+        self._resolver = resolver
+        self._breaker_settings = breaker_settings
+        self._trusted_proxies = trusted_proxies
+        self._clock = clock
+        self._lookups = metrics.api_key_lookups
+        self._breakers: dict[ApiId, Breaker] = {}
+        self._targets: dict[str, Target] = {}
+        self.draining = False
+
+    async def identify(self, request: RequestHead) -> tuple[KeyRecord, bool]:
+        """Return the caller's key and whether it came in Authorization; checks its form, that it lives, nothing else.
+
+        Raises:
+            Refused: SERVICE_UNAVAILABLE, UNAUTHORIZED, API_KEY_DISABLED, API_KEY_EXPIRED or API_KEY_REVOKED.
+            StoreUnavailable: the key is not known here and cannot be read now.
+        """
+        if self.draining:
+            raise Refused(
+                "SERVICE_UNAVAILABLE", "The service is restarting", retry_seconds=_DRAIN_RETRY_SECONDS, close=True
+            )
+        if request.upgrade and b"h2c" not in (request.first(b"upgrade") or b"").lower():
+            raise Refused("UPGRADE_NOT_SUPPORTED", close=True)
+        text, in_authorization = _presented_key(request)
+        if not is_well_formed(text):
+            raise Refused("UNAUTHORIZED", "The API key does not have the form of a key, or is mistyped")
+        key = await self._catalogue.key(text)
+        if key is None:
+            self._lookups.of("miss").inc()
+            raise Refused("UNAUTHORIZED", "The API key is not known")
+        if key.disabled:
+            self._lookups.of("disabled").inc()
+            raise Refused("API_KEY_DISABLED")
+        if key.expires_at is not None and key.expires_at <= self._clock.now():
+            self._lookups.of("expired").inc()
+            raise Refused("API_KEY_EXPIRED")
+        if key.revoked_at is not None:
+            self._lookups.of("revoked").inc()
+            raise Refused("API_KEY_REVOKED")
+        self._lookups.of("hit").inc()
+        return key, in_authorization
+
+    async def resolve(self, request: RequestHead, now: datetime) -> Offer:
+        """Return what is called.
+
+        Raises:
+            Refused: NOT_FOUND, or BAD_REQUEST for a path that could be charged two ways.
+            StoreUnavailable: the API is not known here and cannot be read now.
+        """
+        name, slash, below = request.path.removeprefix(CALL_PREFIX).partition(b"/")
+        text = name.decode("ascii")
+        api = await self._catalogue.api(text) if _NAME.fullmatch(text) is not None else None
+        if api is None or not api.active:
+            raise Refused("NOT_FOUND", "No such API")
+        path = slash + below
+        try:
+            endpoint = api.endpoints.match(request.method, path)
+        except AmbiguousPath as error:
+            raise Refused("BAD_REQUEST", str(error)) from error
+        price = endpoint.price_at(now) if endpoint is not None else None
+        if endpoint is None or price is None:
+            raise Refused("NOT_FOUND", "The API offers no such endpoint")
+        return Offer(api, endpoint, price, path)
+
+    def authorize(self, key: KeyRecord, offer: Offer, request: RequestHead, peer: str) -> None:
+        """Check that the key may be used for this, from here.
+
+        Raises:
+            Refused: API_ACCESS_FORBIDDEN, ENDPOINT_FORBIDDEN, SCOPE_REQUIRED, IP_NOT_ALLOWED or VAULT_SUSPENDED.
+        """
+        if key.allowed_apis is not None and offer.api.api_id not in key.allowed_apis:
+            raise Refused("API_ACCESS_FORBIDDEN")
+        if key.allowed_endpoints is not None and offer.endpoint.endpoint_id not in key.allowed_endpoints:
+            raise Refused("ENDPOINT_FORBIDDEN")
+        scope = offer.endpoint.required_scope
+        if scope is not None and scope not in key.scopes and "*" not in key.scopes:
+            raise Refused("SCOPE_REQUIRED", details={"scope": scope})
+        if key.allowed_networks is not None:
+            address = self._client_address(request, peer)
+            if address is None or not any(address in network for network in key.allowed_networks):
+                raise Refused("IP_NOT_ALLOWED")
+        if key.standing == "suspended":
+            raise Refused("VAULT_SUSPENDED")
+
+    def enter(self, key: KeyRecord) -> KeyPace:
+        """Count the call as running; whoever enters leaves.
+
+        Raises:
+            Refused: CONCURRENCY_LIMIT_EXCEEDED.
+        """
+        pace = self._limiter.enter(key)
+        if pace is None:
+            raise Refused("CONCURRENCY_LIMIT_EXCEEDED", retry_seconds=1)
+        return pace
+
+    def leave(self, pace: KeyPace) -> None:
+        """Count the call as ended."""
+        self._limiter.leave(pace)
+
+    def take_pace(self, key: KeyRecord, pace: KeyPace, now: float) -> None:
+        """Take the call from the key's and the user's rate limit.
+
+        Raises:
+            Refused: TOO_MANY_REQUESTS, which takes nothing.
+        """
+        refused = self._limiter.admit(key, pace, now)
+        if refused is not None:
+            seconds = max(1, math.ceil(refused.pace.reset_seconds))
+            details = {"limitedBy": refused.which, "limit": refused.pace.limit, "retryAfter": seconds}
+            raise Refused("TOO_MANY_REQUESTS", details=details, retry_seconds=seconds)
+
+    def idempotency_key(self, request: RequestHead) -> str | None:
+        """Return the request's idempotency key, or None where it has none.
+
+        Raises:
+            Refused: INVALID_IDEMPOTENCY_KEY.
+        """
+        values = request.values(b"idempotency-key")
+        if not values:
+            return None
+        if len(values) > 1 or _IDEMPOTENCY_KEY.fullmatch(values[0]) is None:
+            raise Refused("INVALID_IDEMPOTENCY_KEY")
+        return values[0].decode("ascii")
+
+    def admit_upstream(self, api_id: ApiId, now: float) -> Ticket:
+        """Return the right to call the API's upstream once; whoever has it ends it.
+
+        Raises:
+            Refused: UPSTREAM_UNAVAILABLE.
+        """
+        breaker = self._breakers.get(api_id)
+        if breaker is None:
+            if len(self._breakers) >= BREAKERS_MAX:
+                self._breakers = {known: each for known, each in self._breakers.items() if each.state != "closed"}
+            breaker = self._breakers[api_id] = Breaker(self._breaker_settings)
+        ticket = breaker.admit(now)
+        if isinstance(ticket, Ticket):
+            return ticket
+        raise Refused("UPSTREAM_UNAVAILABLE", retry_seconds=ticket)
+
+    def breaker_states(self) -> Mapping[ApiId, Breaker]:
+        """Return every breaker that has been asked, for the metrics."""
+        return self._breakers
+
+    async def check_target(self, api: ApiRecord) -> Target:
+        """Return where the API's upstream is, resolved and allowed.
+
+        Raises:
+            Refused: UPSTREAM_TARGET_BLOCKED or BAD_GATEWAY; no socket was opened.
+        """
+        target = self._targets.get(api.base_url)
+        try:
+            if target is None:
+                if len(self._targets) >= _TARGETS_MAX:
+                    self._targets.clear()
+                target = self._targets[api.base_url] = parse_base_url(api.base_url)
+            if self._resolver.known(target) is None:
+                await self._resolver.resolve(target)
+        except (TargetBlocked, ValueError) as error:
+            raise Refused("UPSTREAM_TARGET_BLOCKED") from error
+        except TargetUnresolved as error:
+            raise Refused("BAD_GATEWAY") from error
+        return target
+
+    def _client_address(self, request: RequestHead, peer: str) -> object:
+        text = peer
+        if self._trusted_proxies:
+            entries = b",".join(request.values(b"x-forwarded-for")).decode("latin-1").split(",")
+            if len(entries) >= self._trusted_proxies:
+                text = entries[-self._trusted_proxies].strip()
+        try:
+            return ip_address(text)
+        except ValueError:
+            return None
+
+
+def _presented_key(request: RequestHead) -> tuple[bytes, bool]:
+    key = request.first(b"x-api-key")
+    if key is not None:
+        if len(request.values(b"x-api-key")) > 1:
+            raise Refused("UNAUTHORIZED", "X-Api-Key was sent more than once")
+        return key, False
+    authorization = request.first(b"authorization")
+    if authorization is None:
+        raise Refused("UNAUTHORIZED", "Send an API key in X-Api-Key, or in Authorization: Bearer")
+    scheme, _, token = authorization.partition(b" ")
+    if scheme.lower() != b"bearer" or len(request.values(b"authorization")) > 1:
+        raise Refused("UNAUTHORIZED", "Authorization must be `Bearer` and an API key")
+    return token.strip(), True

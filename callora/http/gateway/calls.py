@@ -1,0 +1,559 @@
+"""The call: admit, hold, proxy, capture, answer. One flow, whatever becomes of it.
+
+Money's order (design rules 3 to 5): the hold is durable before the upstream sees a byte, the capture before the head of
+the answer is released; every way out of here that has not captured releases, and what cannot be known is looked up.
+"""
+
+import hashlib
+import math
+import time
+from typing import Final, Literal
+
+import attrs
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from callora.actors.breaker import Ticket
+from callora.actors.compensation import Compensator, Undelivered
+from callora.actors.mailbox import Envelope
+from callora.actors.registry import VaultRegistry
+from callora.http.gateway.addresses import Target, TargetBlocked, TargetUnresolved
+from callora.http.gateway.admission import Admission, Caller, Offer, Refused
+from callora.http.gateway.bodies import BadBody
+from callora.http.gateway.client import ClientConnection, ClientGone, ClientTooSlow, RequestBody
+from callora.http.gateway.exchange import AnswerCut, Exchange, UpstreamFailed, UpstreamTimedOut
+from callora.http.gateway.heads import RequestHead
+from callora.http.gateway.rewriting import answer_head, end_to_end_lines, upstream_head
+from callora.http.gateway.upstream import ConnectFailed, PoolExhausted, Upstreams
+from callora.http.problems import PROBLEMS, problem_body
+from callora.ledger.clock import Clock
+from callora.ledger.commands import (
+    Charged,
+    Delivery,
+    ExtendHold,
+    IdempotencyClaim,
+    PlaceHold,
+    StoredAnswer,
+    capture,
+    release,
+)
+from callora.ledger.faults import OutcomeUnknown, StoreUnavailable
+from callora.ledger.ids import EventId, Ids
+from callora.ledger.keys import KeyRecord
+from callora.ledger.money import ZERO, Stroops, format_usdc
+from callora.ledger.outcomes import (
+    Draining,
+    HoldClosed,
+    HoldNotOpen,
+    HoldPlaced,
+    IdempotencyKeyTaken,
+    InsufficientFunds,
+    Overloaded,
+    PolicyRefused,
+    StandingRefused,
+    VaultMissing,
+)
+from callora.metrics import Metrics
+from callora.store.reads import Claim, Reads
+
+ROUTE: Final = "/v1/call/{api}"
+_PROBLEM_LINES: Final = b"Content-Type: application/json\r\n"
+_EVENT_STREAM: Final = b"text/event-stream"
+_STORE_RETRY_SECONDS: Final = 1
+_REQUEST_ID_CHARS_MAX: Final = 128
+_CLIENT_CLOSED: Final = 499
+"""Counted, never sent: the client left before its answer."""
+
+HoldState = Literal["none", "asked", "open", "capturing", "closed"]
+
+
+@attrs.frozen
+class CallSettings:
+    """The numbers of the call flow."""
+
+    body_bytes_max: int
+    keyed_body_bytes_max: int
+    """The largest request body of an idempotent call, which is read whole before anything is held."""
+    stored_answer_bytes_max: int
+    connect_seconds: float
+    answer_seconds: float
+    idle_seconds: float
+    """How long an upstream may be silent inside its answer's body."""
+    hold_ttl_seconds: int
+    claim_retention_seconds: int
+    profile_upstreams: bool
+
+
+@attrs.define(slots=True, eq=False)
+class Call:
+    """One call in hand."""
+
+    client: ClientConnection
+    request: RequestHead
+    request_id: str
+    event_id: EventId
+    body: RequestBody
+    started: float
+    """`time.perf_counter`, for Server-Timing."""
+    caller: Caller | None = None
+    offer: Offer | None = None
+    ticket: Ticket | None = None
+    state: HoldState = "none"
+    held: Stroops = ZERO
+    outcome: str = "internal_error"
+    """The word that its usage event gets should it end now."""
+    status: int | None = None
+    """The upstream's status, once known."""
+    balance: Stroops | None = None
+    charge: Stroops = ZERO
+    upstream_started: float = 0.0
+    upstream_seconds: float = 0.0
+    released: bool = False
+    """True once a byte of the answer's head has gone out."""
+
+
+class CallFlow:
+    """Serves gateway requests."""
+
+    def __init__(
+        self,
+        *,
+        admission: Admission,
+        registry: VaultRegistry,
+        upstreams: Upstreams,
+        reads: Reads,
+        compensator: Compensator,
+        settings: CallSettings,
+        clock: Clock,
+        ids: Ids,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+    ) -> None:
+        self._admission = admission
+        self._registry = registry
+        self._upstreams = upstreams
+        self._reads = reads
+        self._compensator = compensator
+        self._settings = settings
+        self._clock = clock
+        self._ids = ids
+        self._metrics = metrics
+        self._log = log
+        self.running = 0
+
+    async def serve(self, client: ClientConnection, request: RequestHead) -> bool:
+        """Serve one call; return whether the connection may carry another request.
+
+        Cancellation: the hold is released without waiting; a capture already sent stands.
+        """
+        event_id = EventId(self._ids.uuid7())
+        request_id = clean_request_id(request.first(b"x-request-id")) or event_id
+        self.running += 1
+        started = time.perf_counter()
+        call: Call | None = None
+        try:
+            try:
+                body = RequestBody(client, request, self._settings.body_bytes_max)
+                call = Call(client, request, request_id, event_id, body, started)
+                return await self.admit(call)
+            except Refused as error:
+                refused = error
+            except BadBody as error:
+                refused = Refused(error.code, str(error), close=True)
+            except StoreUnavailable:
+                refused = Refused("SERVICE_UNAVAILABLE", retry_seconds=_STORE_RETRY_SECONDS)
+            except OutcomeUnknown:
+                refused = Refused("OUTCOME_UNKNOWN")
+            except ClientTooSlow:
+                refused = Refused("REQUEST_TIMEOUT", close=True)
+            except (ClientGone, AnswerCut):
+                self._count(request, call.status if call is not None and call.status is not None else _CLIENT_CLOSED)
+                return False
+            except Exception:
+                self._log.exception("call_crashed", request_id=request_id)
+                refused = Refused("INTERNAL_SERVER_ERROR", close=True)
+            return await self._refuse(client, request, request_id, call, refused)
+        finally:
+            self.running -= 1
+
+    # Before the hold.
+
+    async def admit(self, call: Call) -> bool:
+        request, client, admission = call.request, call.client, self._admission
+        key, in_authorization = await admission.identify(request)
+        offer = call.offer = await admission.resolve(request, self._clock.now())
+        admission.authorize(key, offer, request, client.peer)
+        pace = admission.enter(key)
+        caller = Caller(key, pace, in_authorization)
+        try:
+            admission.take_pace(key, pace, trio.current_time())
+            call.caller = caller
+            idempotency_key = admission.idempotency_key(request)
+            whole_body, claim = b"", None
+            if idempotency_key is not None:
+                whole_body = await self._read_whole(call)
+                fingerprint = _fingerprint(key, request, whole_body)
+                stored = await self._reads.claim(key.vault_id, idempotency_key)
+                replaces = None
+                if stored is not None and stored.expires_at > self._clock.now():
+                    if stored.state != "started" or stored.event_open or stored.fingerprint != fingerprint:
+                        return await self._repeat(call, stored, fingerprint)
+                    replaces = stored.event_id
+                claim = IdempotencyClaim(idempotency_key, fingerprint, replaces, self._settings.claim_retention_seconds)
+            ticket = call.ticket = admission.admit_upstream(offer.api.api_id, trio.current_time())
+            try:
+                target = await admission.check_target(offer.api)
+                return await self.hold(call, caller, offer, target, whole_body, claim)
+            finally:
+                ticket.end(None, trio.current_time())
+        finally:
+            admission.leave(pace)
+
+    async def _read_whole(self, call: Call) -> bytes:
+        """Read an idempotent request's body, which is part of what makes it this request."""
+        limit = self._settings.keyed_body_bytes_max
+        body = await call.body.read(limit)
+        if body is None:
+            raise Refused(
+                "REQUEST_BODY_TOO_LARGE",
+                f"A request with an Idempotency-Key may carry at most {limit} bytes; send it without one, or send less",
+                close=True,
+            )
+        return body
+
+    async def _repeat(self, call: Call, stored: Claim, fingerprint: bytes) -> bool:
+        """Answer a duplicate of an idempotent call: free, and never from the upstream."""
+        if stored.fingerprint != fingerprint:
+            raise Refused("IDEMPOTENCY_KEY_REUSE_MISMATCH")
+        if stored.state == "started":
+            raise Refused("IDEMPOTENCY_IN_PROGRESS", retry_seconds=1)
+        if stored.state == "not_replayable":
+            assert stored.charge is not None
+            details = {"eventId": stored.event_id, "charge": format_usdc(stored.charge)}
+            raise Refused("IDEMPOTENCY_NOT_REPLAYABLE", details=details)
+        assert stored.status is not None
+        assert stored.head is not None
+        assert stored.body is not None
+        close = self._closes(call)
+        bodiless = call.request.method == "HEAD" or stored.status in (204, 304)
+        head = answer_head(
+            stored.status,
+            b"",
+            stored.head + b"Idempotent-Replayed: true\r\n",
+            length=None if bodiless else len(stored.body),
+            chunked=False,
+            own=self._own_lines(call),
+            close=close,
+        )
+        self._count(call.request, stored.status)
+        await call.client.send(head if bodiless else head + stored.body)
+        return not close
+
+    # The hold.
+
+    async def hold(
+        self,
+        call: Call,
+        caller: Caller,
+        offer: Offer,
+        target: Target,
+        whole_body: bytes,
+        claim: IdempotencyClaim | None,
+    ) -> bool:
+        """Hold the price, then proxy; whatever happens, the hold is closed or on its way to be."""
+        call.held = offer.price.amount
+        charged = Charged(
+            caller.key.api_key_id,
+            offer.api.developer_id,
+            offer.api.api_id,
+            offer.endpoint.endpoint_id,
+            offer.price.version,
+        )
+        place = PlaceHold(call.event_id, call.held, self._settings.hold_ttl_seconds, charged, claim)
+        try:
+            call.outcome = "hold_interrupted"
+            call.state = "asked"
+            outcome = await self._registry.ask(caller.key.vault_id, place)
+            if not isinstance(outcome, HoldPlaced):
+                call.state = "none"
+                raise await self._hold_refused(caller, outcome, claim)
+            call.state = "open"
+            call.balance = outcome.available
+            call.outcome = "cut_at_deadline"
+            return await self.proxy(call, offer, target, whole_body, claim)
+        finally:
+            if call.state in ("asked", "open"):
+                self._release(call, None)
+            if call.state != "none":
+                self._metrics.calls.of(call.outcome).inc()
+
+    async def _hold_refused(self, caller: Caller, outcome: object, claim: IdempotencyClaim | None) -> Refused:
+        match outcome:
+            case InsufficientFunds(required, available):
+                return Refused(
+                    "INSUFFICIENT_BALANCE",
+                    details={"required": format_usdc(required), "available": format_usdc(available)},
+                )
+            case StandingRefused("suspended"):
+                return Refused("VAULT_SUSPENDED")
+            case StandingRefused():
+                return Refused("INSUFFICIENT_BALANCE", "The vault is in arrears", details={"standing": "arrears"})
+            case PolicyRefused(code, details):
+                return Refused(code, details=details)
+            case IdempotencyKeyTaken():
+                assert claim is not None
+                stored = await self._reads.claim(caller.key.vault_id, claim.key)
+                if stored is not None and stored.fingerprint != claim.fingerprint:
+                    return Refused("IDEMPOTENCY_KEY_REUSE_MISMATCH")
+                return Refused("IDEMPOTENCY_IN_PROGRESS", retry_seconds=1)
+            case Overloaded() | Draining():
+                return Refused("SERVICE_UNAVAILABLE", retry_seconds=_STORE_RETRY_SECONDS)
+            case VaultMissing():
+                raise AssertionError("an API key without a vault")
+            case _:
+                raise AssertionError(f"not an outcome of a hold: {outcome!r}")
+
+    def _release(self, call: Call, answer: StoredAnswer | None) -> Envelope:
+        """Send the hold's release without waiting: nobody waits for what costs nothing."""
+        assert call.caller is not None
+        delivery = Delivery(call.outcome, call.status, self._latency_us(call), call.body.received_bytes, None)
+        envelope = Envelope(release(call.event_id, call.held, delivery, answer))
+        self._registry.send(call.caller.key.vault_id, envelope)
+        call.state = "closed"
+        return envelope
+
+    # The upstream.
+
+    async def proxy(
+        self, call: Call, offer: Offer, target: Target, whole_body: bytes, claim: IdempotencyClaim | None
+    ) -> bool:
+        """Pass the request on and its answer back; a call that is held is settled in between."""
+        settings = self._settings
+        exchange = Exchange(call.client, call.request, call.body, settings.idle_seconds)
+        head = upstream_head(
+            call.request,
+            path=target.base_path.encode("ascii") + offer.path or b"/",
+            authority=target.authority.encode("ascii"),
+            request_id=call.request_id.encode("ascii"),
+            configured=offer.api.upstream_headers,
+            key_in_authorization=call.caller is not None and call.caller.key_in_authorization,
+        )
+        pool = self._upstreams.pool(target)
+        call.upstream_started = time.perf_counter()
+        try:
+            await exchange.send(pool, head, whole_body, settings.connect_seconds, settings.answer_seconds)
+
+            async def answer() -> bool:
+                return await self._answer(call, exchange, claim)
+
+            if exchange.streams_request:
+                return await exchange.while_sending(answer, settings.answer_seconds, lambda: self._keep_hold(call))
+            return await answer()
+        except (ConnectFailed, TargetUnresolved) as error:
+            call.outcome = "connect_failed"
+            raise self._upstream_refusal(call, "BAD_GATEWAY", error) from error
+        except TargetBlocked as error:
+            call.outcome = "target_blocked"
+            raise Refused("UPSTREAM_TARGET_BLOCKED") from error
+        except PoolExhausted as error:
+            call.outcome = "upstream_busy"
+            raise Refused("UPSTREAM_UNAVAILABLE", "The API is busy", retry_seconds=1) from error
+        except UpstreamTimedOut as error:
+            call.outcome = "timeout"
+            raise self._upstream_refusal(call, "GATEWAY_TIMEOUT", error) from error
+        except UpstreamFailed as error:
+            call.outcome = "upstream_failed"
+            raise self._upstream_refusal(call, "BAD_GATEWAY", error) from error
+        except BadBody:
+            call.outcome = "bad_request_body"
+            raise
+        except ClientGone:
+            if call.state == "open":
+                call.outcome = "client_gone"
+                self._metrics.premature_aborts.inc()
+            raise
+        finally:
+            exchange.drop()
+
+    def _upstream_refusal(self, call: Call, code: str, error: Exception) -> Refused:
+        assert call.offer is not None
+        if call.ticket is not None:
+            call.ticket.end(False, trio.current_time())
+        self._profile(call, "timeout" if code == "GATEWAY_TIMEOUT" else "error", 0)
+        self._log.info("upstream_failed", request_id=call.request_id, api=call.offer.api.slug, error=repr(error))
+        return Refused(code)
+
+    async def _keep_hold(self, call: Call) -> None:
+        """While a long request body is on its way, keep its hold from expiring."""
+        while True:
+            await trio.sleep(self._settings.hold_ttl_seconds / 2)
+            if call.state == "open" and call.caller is not None:
+                extension = ExtendHold(call.event_id, self._settings.hold_ttl_seconds)
+                self._registry.send(call.caller.key.vault_id, Envelope(extension))
+
+    async def _answer(self, call: Call, exchange: Exchange, claim: IdempotencyClaim | None) -> bool:
+        """Read the answer's head, settle the call, then release the answer."""
+        await exchange.read_head(self._settings.answer_seconds)
+        answer = exchange.answer
+        call.status = answer.status
+        call.upstream_seconds = time.perf_counter() - call.upstream_started
+        if call.ticket is not None:
+            call.ticket.end(answer.status < 500, trio.current_time())
+        if self._settings.profile_upstreams:
+            self._profile(call, "success", answer.status)
+        lines = end_to_end_lines(answer)
+        if call.state == "open":
+            await self._settle(call, exchange, claim, lines)
+        close = self._closes(call) or exchange.ends_by_close
+        head = answer_head(
+            answer.status,
+            answer.reason,
+            lines,
+            length=answer.content_length,
+            chunked=exchange.chunks_answer,
+            own=self._own_lines(call),
+            close=close,
+        )
+        self._count(call.request, answer.status)
+        call.released = True
+        return await exchange.release(head) and not close
+
+    async def _settle(self, call: Call, exchange: Exchange, claim: IdempotencyClaim | None, lines: bytes) -> None:
+        """Capture or release, durably where anyone relies on it."""
+        caller, offer, answer = call.caller, call.offer, exchange.answer
+        assert caller is not None
+        assert offer is not None
+        billable = answer.status in offer.endpoint.billable
+        amount = call.held if billable else ZERO
+        stored: StoredAnswer | None = None
+        response_bytes = answer.content_length
+        if claim is not None:
+            body = None
+            if not (answer.first(b"content-type") or b"").lower().startswith(_EVENT_STREAM):
+                body = await exchange.read_body(self._settings.stored_answer_bytes_max)
+            if body is not None:
+                response_bytes = len(body)
+            stored = StoredAnswer(claim.key, answer.status, lines if body is not None else None, body, amount)
+        if not billable:
+            call.outcome = "upstream_status"
+            envelope = self._release(call, stored)
+            if stored is not None:
+                await envelope.reply.wait()
+            call.balance = Stroops((call.balance or ZERO) + call.held)
+            return
+        call.outcome = "delivered"
+        delivery = Delivery(
+            call.outcome, answer.status, self._latency_us(call), call.body.received_bytes, response_bytes
+        )
+        call.state = "capturing"
+        vault_id = caller.key.vault_id
+        try:
+            outcome = await self._registry.ask(vault_id, capture(call.event_id, call.held, amount, delivery, stored))
+        except (OutcomeUnknown, StoreUnavailable):
+            call.outcome = "capture_unknown"
+            self._compensator.add(Undelivered(vault_id, call.event_id, call.held, amount))
+            raise
+        if isinstance(outcome, HoldClosed):
+            call.state = "closed"
+            call.charge = outcome.amount
+            call.balance = outcome.available
+            self._metrics.charged_stroops.inc(outcome.amount)
+            return
+        assert isinstance(outcome, HoldNotOpen)
+        call.state = "closed"
+        call.outcome = "hold_expired"
+        raise Refused("HOLD_EXPIRED", "The call took longer than its hold lasts; it was not charged")
+
+    # What the client is told.
+
+    async def _refuse(
+        self, client: ClientConnection, request: RequestHead, request_id: str, call: Call | None, refused: Refused
+    ) -> bool:
+        self._metrics.refusals.of(refused.code).inc()
+        status = PROBLEMS[refused.code].status
+        self._count(request, status)
+        self._log.debug("call_refused", request_id=request_id, code=refused.code)
+        if call is not None and call.released:
+            return False
+        document = problem_body(refused.code, refused.message, request_id, refused.details)
+        own = b"X-Request-Id: %b\r\n" % request_id.encode("ascii") if call is None else self._own_lines(call)
+        if refused.retry_seconds is not None:
+            own += b"Retry-After: %d\r\n" % max(1, math.ceil(refused.retry_seconds))
+        reusable = (
+            not refused.close
+            and request.keep_alive
+            and not self._admission.draining
+            and call is not None
+            and not client.gone
+            and (call.body.done or not call.body.awaits_continue)
+        )
+        bodiless = request.method == "HEAD"
+        try:
+            if reusable and call is not None and not call.body.done:
+                reusable = await call.body.discard()
+            head = answer_head(
+                status, b"", _PROBLEM_LINES, length=len(document), chunked=False, own=own, close=not reusable
+            )
+            await client.send(head if bodiless else head + document)
+            if not reusable and (call is None or not call.body.done):
+                await client.linger()
+        except ClientGone:
+            return False
+        return reusable
+
+    def _closes(self, call: Call) -> bool:
+        """Tell whether the connection ends with this answer."""
+        return (
+            not call.request.keep_alive
+            or self._admission.draining
+            or call.client.gone
+            or (not call.body.done and not call.request.chunked and call.body.awaits_continue)
+        )
+
+    def _own_lines(self, call: Call) -> bytes:
+        """Return the header lines that every answer to a call carries."""
+        lines = f"X-Request-Id: {call.request_id}\r\n"
+        if call.caller is not None:
+            which, pace = call.caller.pace.pace(trio.current_time())
+            seconds = math.ceil(pace.reset_seconds)
+            window = call.caller.pace.window_seconds(which)
+            lines += (
+                f"X-RateLimit-Limit: {pace.limit}\r\nX-RateLimit-Remaining: {pace.remaining}\r\n"
+                f"X-RateLimit-Reset: {math.ceil(self._clock.now().timestamp()) + seconds}\r\n"
+                f'RateLimit-Policy: "{which}";q={pace.limit};w={window:.0f}\r\n'
+                f'RateLimit: "{which}";r={pace.remaining};t={seconds}\r\n'
+            )
+            lines += f"X-Callora-Charge: {format_usdc(call.charge)}\r\n"
+            if call.balance is not None:
+                lines += f"X-Callora-Balance: {format_usdc(call.balance)}\r\n"
+        own_seconds = time.perf_counter() - call.started - call.upstream_seconds
+        return f"{lines}Server-Timing: callora;dur={own_seconds * 1000:.2f}\r\n".encode("ascii")
+
+    def _latency_us(self, call: Call) -> int:
+        return min(int((time.perf_counter() - call.started) * 1_000_000), 2**31 - 1)
+
+    def _count(self, request: RequestHead, status: int) -> None:
+        self._metrics.http_requests.of(request.method, ROUTE, str(status), "gateway").inc()
+
+    def _profile(self, call: Call, outcome: str, status: int) -> None:
+        if self._settings.profile_upstreams:
+            assert call.offer is not None
+            labels = (str(call.offer.api.api_id), call.request.method, str(status), outcome)
+            self._metrics.upstream_requests.of(*labels).inc()
+            self._metrics.upstream_seconds.of(*labels).observe(time.perf_counter() - call.upstream_started)
+
+
+def _fingerprint(key: KeyRecord, request: RequestHead, body: bytes) -> bytes:
+    """Return what makes an idempotent request this request. The key is part of it: no key sees another's answer."""
+    digest = hashlib.sha256()
+    for part in (key.api_key_id.encode(), request.method.encode(), request.target, hashlib.sha256(body).digest()):
+        digest.update(len(part).to_bytes(4) + part)
+    return digest.digest()
+
+
+def clean_request_id(value: bytes | None) -> str | None:
+    """Return a client's X-Request-Id when it is 1 to 128 visible ASCII characters, else None. It only correlates."""
+    if value is None or not 1 <= len(value) <= _REQUEST_ID_CHARS_MAX or not value.isascii():
+        return None
+    text = value.decode("ascii")
+    return text if text.isprintable() else None

@@ -1,0 +1,301 @@
+"""A client's connection: requests one after the other, answers, time limits, and noticing that it has gone."""
+
+import select
+from typing import Final, Literal
+
+import trio
+
+from callora.http.gateway.bodies import BadBody, BodyReader, ChunkedReader, LengthReader
+from callora.http.gateway.heads import RequestHead, find_head_end, parse_request
+from callora.http.gateway.upstream import UpstreamConnection
+from callora.http.gateway.wire import Wire, WireBroken
+
+LINGER_BYTES_MAX: Final = 262_144
+LINGER_SECONDS_MAX: Final = 1.0
+DISCARD_BYTES_MAX: Final = 65_536
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+FOREVER: Final = float("inf")
+
+Waiting = Literal["client", "upstream"]
+
+
+class ClientGone(Exception):
+    """The client has closed its connection, or was too slow and has been given up."""
+
+
+class ClientTooSlow(ClientGone):
+    """The client made no progress for too long."""
+
+
+class TimeLimits:
+    """How long a client may take."""
+
+    __slots__ = ("body_seconds", "head_seconds", "idle_seconds")
+
+    def __init__(self, *, head_seconds: float, idle_seconds: float, body_seconds: float) -> None:
+        self.head_seconds = head_seconds
+        self.idle_seconds = idle_seconds
+        self.body_seconds = body_seconds
+
+
+class ClientConnection:
+    """One accepted connection. The listener's sweeper and watcher touch only `expire` and `hung_up`."""
+
+    __slots__ = (
+        "_limits",
+        "buffer",
+        "deadline",
+        "gone",
+        "in_request",
+        "peer",
+        "timed_out",
+        "upstream",
+        "waiting_for",
+        "wire",
+    )
+
+    def __init__(self, wire: Wire, peer: str, limits: TimeLimits) -> None:
+        self.wire = wire
+        self.peer = peer
+        """The address the connection came from."""
+        self._limits = limits
+        self.buffer = b""
+        """What has arrived and belongs to the next message."""
+        self.deadline = FOREVER
+        """On Trio's clock; past it whoever is waited for is given up."""
+        self.waiting_for: Waiting = "client"
+        self.timed_out = False
+        self.gone = False
+        self.in_request = False
+        self.upstream: UpstreamConnection | None = None
+        """The upstream connection of the request in hand."""
+
+    # Told by the listener, between checkpoints.
+
+    def expire(self) -> None:
+        """Give up whoever is waited for."""
+        self.timed_out = True
+        self.deadline = FOREVER
+        if self.waiting_for == "client":
+            self.gone = True
+            self.wire.abort()
+        if self.upstream is not None:
+            self.upstream.wire.abort()
+
+    def hung_up(self) -> None:
+        """Note that the client has ended its direction: a call in hand is pointless from here on."""
+        self.gone = True
+        if self.upstream is not None:
+            self.upstream.wire.abort()
+
+    def wait_for(self, side: Waiting, seconds: float) -> None:
+        """Start a time limit; it ends with the next one or with `no_limit`."""
+        self.waiting_for = side
+        self.deadline = trio.current_time() + seconds
+
+    def no_limit(self) -> None:
+        """End the time limit."""
+        self.deadline = FOREVER
+
+    # The connection's own task.
+
+    async def next_head(self) -> RequestHead | None:
+        """Return the next request's head; None when the client has none and has closed, or was idle too long.
+
+        Raises:
+            BadHead: the connection can only be answered and closed.
+            ClientTooSlow: the head was begun and did not arrive in time.
+        """
+        buffer = self.buffer
+        start = 0
+        if not buffer:
+            self.wait_for("client", self._limits.idle_seconds)
+            try:
+                buffer = await self.wire.receive_later()
+            except WireBroken:
+                return None
+            if not buffer:
+                return None
+        self.wait_for("client", self._limits.head_seconds)
+        while (end := find_head_end(buffer, start)) < 0:
+            start = max(0, len(buffer) - 3)
+            try:
+                data = await self.wire.receive()
+            except WireBroken:
+                data = b""
+            if not data:
+                if self.timed_out:
+                    raise ClientTooSlow
+                return None
+            buffer += data
+        self.no_limit()
+        self.buffer = buffer[end:]
+        return parse_request(buffer[:end])
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes of an answer; no progress for too long gives the client up.
+
+        Raises:
+            ClientGone.
+        """
+        self.wait_for("client", self._limits.body_seconds)
+        try:
+            await self.wire.send(data)
+        except WireBroken as error:
+            raise (ClientTooSlow if self.timed_out else ClientGone) from error
+        self.no_limit()
+
+    async def linger(self) -> None:
+        """After a last answer whose request was not read to its end: take a little more, so that the answer arrives.
+
+        Closing with unread input resets the connection, and a reset overtakes what was sent.
+        """
+        taken = 0
+        self.wait_for("client", LINGER_SECONDS_MAX)
+        try:
+            self.wire.socket.shutdown(1)
+            while taken < LINGER_BYTES_MAX:
+                data = await self.wire.receive()
+                if not data:
+                    return
+                taken += len(data)
+        except (OSError, WireBroken):
+            return
+
+
+class RequestBody:
+    """The body of the request in hand, read as it is asked for and no faster."""
+
+    __slots__ = ("_client", "_continue_due", "_limits", "_reader", "_started", "received_bytes")
+
+    def __init__(self, client: ClientConnection, head: RequestHead, limit_bytes: int) -> None:
+        """Args:
+        limit_bytes: the largest body taken.
+
+        Raises:
+            BodyTooLarge: more was announced.
+        """
+        self._client = client
+        self._limits = client._limits
+        self._reader: BodyReader
+        self._reader = (
+            ChunkedReader(limit_bytes) if head.chunked else LengthReader(head.content_length or 0, limit_bytes)
+        )
+        self._continue_due = head.expect_continue
+        self._started = False
+        self.received_bytes = 0
+
+    @property
+    def done(self) -> bool:
+        """True when the body has been read to its end."""
+        return self._reader.done
+
+    @property
+    def awaits_continue(self) -> bool:
+        """True while the client waits to be told that its body is wanted."""
+        return self._continue_due
+
+    @property
+    def trailers(self) -> list[tuple[bytes, bytes]]:
+        """The trailer fields of a chunked body that is done."""
+        return self._reader.trailers
+
+    async def pieces(self) -> list[bytes]:
+        """Return the next payload pieces, at least one; none at the end.
+
+        Raises:
+            BadBody: the framing is broken or the body too large.
+            ClientGone: the connection ended inside the body.
+        """
+        reader, client = self._reader, self._client
+        while not reader.done:
+            if self._started or not client.buffer:
+                if self._continue_due:
+                    self._continue_due = False
+                    await client.send(CONTINUE)
+                data = await self._receive()
+            else:
+                data, client.buffer = client.buffer, b""
+                self._continue_due = False
+            self._started = True
+            pieces = reader.feed(data)
+            if reader.done:
+                client.buffer = reader.leftover
+            if pieces:
+                self.received_bytes += sum(map(len, pieces))
+                return pieces
+        return []
+
+    async def read(self, limit_bytes: int) -> bytes | None:
+        """Return the whole body, or None when it is longer than `limit_bytes`."""
+        taken: list[bytes] = []
+        while pieces := await self.pieces():
+            taken += pieces
+            if self.received_bytes > limit_bytes:
+                return None
+        return b"".join(taken)
+
+    async def discard(self) -> bool:
+        """Read a small rest and drop it; return False when the connection is of no more use."""
+        if self._continue_due or (not self.done and self._client.gone):
+            return False
+        before = self.received_bytes
+        try:
+            while await self.pieces():
+                if self.received_bytes - before > DISCARD_BYTES_MAX:
+                    return False
+        except (BadBody, ClientGone):
+            return False
+        return True
+
+    async def _receive(self) -> bytes:
+        client = self._client
+        client.wait_for("client", self._limits.body_seconds)
+        try:
+            data = await client.wire.receive()
+        except WireBroken as error:
+            raise (ClientTooSlow if client.timed_out else ClientGone) from error
+        if not data:
+            raise ClientTooSlow if client.timed_out else ClientGone
+        client.no_limit()
+        return data
+
+
+class HangupWatch:
+    """Notices clients that hang up while nobody reads from them, at no cost to a call.
+
+    A second epoll knows every client socket for its whole life and waits for nothing but the end of the client's
+    direction. A client that ends its direction and goes on listening counts as gone: it cannot be told from one that
+    has closed until something is sent.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._clients: dict[int, ClientConnection] = {}
+
+    def add(self, client: ClientConnection) -> None:
+        """Watch a connection."""
+        descriptor = client.wire.socket.fileno()
+        self._clients[descriptor] = client
+        self._epoll.register(descriptor, select.EPOLLRDHUP | select.EPOLLET)
+
+    def remove(self, client: ClientConnection) -> None:
+        """Forget a connection, before it is closed."""
+        descriptor = client.wire.socket.fileno()
+        self._clients.pop(descriptor, None)
+        self._epoll.unregister(descriptor)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Tell connections that their client has hung up, until cancelled."""
+        task_status.started()
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(self._epoll)
+                for descriptor, _ in self._epoll.poll(0, 1024):
+                    client = self._clients.get(descriptor)
+                    if client is not None:
+                        client.hung_up()
+        finally:
+            trio.lowlevel.notify_closing(self._epoll)
+            self._epoll.close()

@@ -1,0 +1,333 @@
+"""One request passed on to an upstream and its answer passed back, step by step, with back-pressure both ways.
+
+The steps are separate so that the call flow can stand between them: the answer's head is read, the call is captured,
+and only then is anything of the answer released. Nothing here knows of money.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
+
+from callora.http.gateway.bodies import (
+    BadBody,
+    BodyReader,
+    ChunkedReader,
+    EofReader,
+    LengthReader,
+    encode_chunk,
+    encode_last_chunk,
+)
+from callora.http.gateway.client import ClientConnection, ClientGone, RequestBody
+from callora.http.gateway.heads import BadHead, RequestHead, ResponseHead, find_response_head_end, parse_response
+from callora.http.gateway.rewriting import interim_head
+from callora.http.gateway.upstream import Pool, UpstreamConnection
+from callora.http.gateway.wire import WireBroken
+
+SMALL_BODY_BYTES: Final = 65_536
+"""A request body of announced length up to this is read whole and sent together with its head."""
+
+
+class UpstreamFailed(Exception):
+    """The upstream broke off, or answered what is not HTTP, before its answer's head was complete."""
+
+
+class UpstreamTimedOut(Exception):
+    """The upstream was silent for too long before its answer's head was complete."""
+
+
+class AnswerCut(Exception):
+    """The answer broke off after its head was released: only closing the connection tells the client."""
+
+
+class Exchange:
+    """One request and its answer."""
+
+    __slots__ = (
+        "_body",
+        "_client",
+        "_connection",
+        "_idle_seconds",
+        "_pieces",
+        "_reader",
+        "_request",
+        "_request_sent",
+        "_sending_fault",
+        "answer",
+        "response_bytes",
+    )
+
+    answer: ResponseHead
+    """The answer's head, once `read_head` has returned."""
+
+    def __init__(self, client: ClientConnection, request: RequestHead, body: RequestBody, idle_seconds: float) -> None:
+        """Args:
+        idle_seconds: how long the upstream may be silent inside its answer's body.
+        """
+        self._client = client
+        self._request = request
+        self._body = body
+        self._idle_seconds = idle_seconds
+        self._connection: UpstreamConnection | None = None
+        self._reader: BodyReader = LengthReader(0)
+        self._pieces: list[bytes] = []
+        self._request_sent = False
+        self._sending_fault: Exception | None = None
+        self.response_bytes = 0
+
+    @property
+    def streams_request(self) -> bool:
+        """True when the request's body is passed on as it arrives, beside the answer."""
+        return not self._body.done and (self._request.chunked or (self._request.content_length or 0) > SMALL_BODY_BYTES)
+
+    async def send(
+        self, pool: Pool, head: bytes, whole_body: bytes, connect_seconds: float, sending_seconds: float
+    ) -> None:
+        """Send the request's head with what there is of its body.
+
+        It is sent a second time only when a kept connection took not one byte of it.
+
+        Args:
+            whole_body: the body where it was read before; a small one that was not is read here.
+
+        Raises:
+            ConnectFailed, PoolExhausted, TargetBlocked, TargetUnresolved: nothing was sent.
+            UpstreamFailed, UpstreamTimedOut: something may have been sent.
+            ClientGone, BadBody: the request is not complete and will not be.
+        """
+        if not self._body.done and not self.streams_request:
+            pieces = [whole_body]
+            while more := await self._body.pieces():
+                pieces += more
+            whole_body = b"".join(pieces)
+        while True:
+            connection = pool.take_idle() or await pool.open(connect_seconds)
+            self._connection = self._client.upstream = connection
+            if self._client.gone:
+                raise ClientGone
+            self._client.wait_for("upstream", sending_seconds)
+            try:
+                await connection.wire.send(head + whole_body if whole_body else head)
+                break
+            except WireBroken as error:
+                if not (connection.reused and error.sent_nothing and not self._client.gone):
+                    raise self._fault(error) from error
+                self.drop()
+        self._request_sent = not self.streams_request
+
+    async def read_head(self, answer_seconds: float) -> None:
+        """Read the answer's head, passing interim answers on.
+
+        Raises:
+            UpstreamFailed, UpstreamTimedOut, ClientGone, BadBody.
+        """
+        connection = self._connection
+        assert connection is not None
+        if self._request_sent:
+            self._client.wait_for("upstream", answer_seconds)
+        buffer = b""
+        start = 0
+        receive = connection.wire.receive_later
+        while True:
+            try:
+                data = await receive()
+            except WireBroken as error:
+                raise self._fault(error) from error
+            if not data:
+                raise self._fault(None)
+            receive = connection.wire.receive
+            buffer += data
+            try:
+                while buffer and (end := find_response_head_end(buffer, start)) >= 0:
+                    answer = parse_response(buffer[:end])
+                    buffer = buffer[end:]
+                    start = 0
+                    if answer.status >= 200:
+                        self._client.no_limit()
+                        self._accept(answer, buffer)
+                        return
+                    await self._pass_interim(answer)
+            except (BadHead, BadBody) as error:
+                raise UpstreamFailed(str(error)) from error
+            start = max(0, len(buffer) - 3)
+
+    async def read_body(self, limit_bytes: int) -> bytes | None:
+        """Read the answer's whole body before anything is released; None when it is longer than `limit_bytes`.
+
+        What was read is kept for `release`.
+
+        Raises:
+            UpstreamFailed, UpstreamTimedOut, ClientGone, BadBody: nothing was released.
+        """
+        while not self._reader.done and self.response_bytes <= limit_bytes:
+            try:
+                self._pieces += await self._next_pieces()
+            except AnswerCut as error:
+                raise self._fault(None) from error
+        return b"".join(self._pieces) if self.response_bytes <= limit_bytes else None
+
+    async def release(self, head: bytes) -> bool:
+        """Send the answer's head, then its body as it arrives.
+
+        Returns:
+            Whether the client's connection may carry another request.
+
+        Raises:
+            ClientGone: the client left.
+            AnswerCut: the upstream broke off; the client's connection must be closed.
+        """
+        client, reader, answer = self._client, self._reader, self.answer
+        chunked = self.chunks_answer
+        pieces, self._pieces = self._pieces, []
+        block = head + self._framed(pieces, chunked) if pieces else head
+        while not reader.done:
+            if block:
+                await client.send(block)
+            pieces = await self._next_pieces()
+            block = self._framed(pieces, chunked)
+        if chunked:
+            block += encode_last_chunk(reader.trailers)
+        if block:
+            await client.send(block)
+        self._finish()
+        if self._body.done is False or client.gone:
+            return False
+        return self._request.keep_alive and (chunked or answer.content_length is not None or self._bodiless)
+
+    @property
+    def chunks_answer(self) -> bool:
+        """True when the answer's body goes to the client in chunks."""
+        return self._request.minor == 1 and not self._bodiless and self.answer.content_length is None
+
+    @property
+    def ends_by_close(self) -> bool:
+        """True when only closing the connection tells an HTTP/1.0 client where the answer ends."""
+        return self._request.minor == 0 and not self._bodiless and self.answer.content_length is None
+
+    async def while_sending(
+        self, flow: Callable[[], Awaitable[bool]], answer_seconds: float, beside: Callable[[], Awaitable[None]]
+    ) -> bool:
+        """Run the rest of the call while the request's body is passed on; its result is the result.
+
+        An upstream may answer before it has read everything, and may need its answer read before it reads on.
+        """
+        fault: Exception | None = None
+        result = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send_body, answer_seconds)
+            nursery.start_soon(beside)
+            try:
+                result = await flow()
+            except Exception as error:  # taken out of the nursery as it is, not in a group
+                fault = error
+            nursery.cancel_scope.cancel()
+        if fault is not None:
+            raise fault
+        return result
+
+    def drop(self) -> None:
+        """Close the upstream connection, whatever it is in the middle of. Idempotent."""
+        connection, self._connection = self._connection, None
+        self._client.upstream = None
+        if connection is not None:
+            connection.pool.discard(connection)
+
+    @property
+    def _bodiless(self) -> bool:
+        return self.answer.bodiless(self._request.method)
+
+    def _accept(self, answer: ResponseHead, rest: bytes) -> None:
+        self.answer = answer
+        if answer.bodiless(self._request.method):
+            self._reader = LengthReader(0)
+        elif answer.chunked:
+            self._reader = ChunkedReader(response=True)
+        elif answer.content_length is not None:
+            self._reader = LengthReader(answer.content_length)
+        else:
+            self._reader = EofReader()
+        if rest:
+            self._pieces = self._reader.feed(rest)
+            self.response_bytes = sum(map(len, self._pieces))
+
+    async def _pass_interim(self, answer: ResponseHead) -> None:
+        """Pass a 1xx on. 100 is ours to give, and 101 answers an upgrade nobody asked for."""
+        if answer.status == 101:
+            raise UpstreamFailed("the upstream switched protocols unasked")
+        if answer.status != 100 and self._request.minor == 1:
+            await self._client.send(interim_head(answer))
+
+    async def _next_pieces(self) -> list[bytes]:
+        """Return the next pieces of the answer's body, perhaps none.
+
+        Raises:
+            AnswerCut: the upstream broke off or broke its framing. ClientGone: the client did.
+        """
+        connection, client = self._connection, self._client
+        assert connection is not None
+        client.wait_for("upstream", self._idle_seconds)
+        try:
+            data = await connection.wire.receive()
+            client.no_limit()
+            if data:
+                pieces = self._reader.feed(data)
+            else:
+                if client.gone or client.timed_out:
+                    raise AnswerCut
+                self._reader.end()
+                pieces = []
+        except (WireBroken, BadBody) as error:
+            raise AnswerCut from error
+        self.response_bytes += sum(map(len, pieces))
+        return pieces
+
+    def _framed(self, pieces: list[bytes], chunked: bool) -> bytes:
+        if chunked:
+            return encode_chunk(pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _finish(self) -> None:
+        """Keep the upstream connection when it is between messages, else close it."""
+        connection = self._connection
+        assert connection is not None
+        clean = (
+            self._request_sent
+            and self.answer.keep_alive
+            and not self._reader.leftover
+            and not isinstance(self._reader, EofReader)
+        )
+        if not clean:
+            self.drop()
+            return
+        self._connection = self._client.upstream = None
+        connection.pool.give_back(connection)
+
+    async def _send_body(self, answer_seconds: float) -> None:
+        connection = self._connection
+        assert connection is not None
+        client, chunked = self._client, self._request.chunked
+        try:
+            while pieces := await self._body.pieces():
+                client.wait_for("upstream", answer_seconds)
+                await connection.wire.send(self._framed(pieces, chunked))
+                client.no_limit()
+            if chunked:
+                await connection.wire.send(encode_last_chunk(self._body.trailers))
+        except (ClientGone, BadBody) as error:
+            self._sending_fault = error
+            connection.wire.abort()
+        except WireBroken:
+            return  # the upstream takes no more; what it answers, if anything, is read elsewhere
+        else:
+            self._request_sent = True
+            client.wait_for("upstream", answer_seconds)
+
+    def _fault(self, error: Exception | None) -> Exception:
+        """Return whose fault it is that the upstream connection ended."""
+        if self._sending_fault is not None:
+            return self._sending_fault
+        if self._client.gone:
+            return ClientGone()
+        if self._client.timed_out:
+            return UpstreamTimedOut()
+        return UpstreamFailed(str(error) if error is not None else "the upstream closed without an answer")

@@ -1,0 +1,251 @@
+"""Metrics: every series Callora exports, each with its unit and labels, in one place.
+
+A `Metrics` object owns its registry; nothing is global, so two services in one process never mix. Labels hold only
+what is bounded: route templates, outcomes, codes, API ids; never a URL, a key or a vault.
+"""
+
+from collections.abc import Iterator
+from typing import Final, Generic, TypeVar
+
+import attrs
+from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Histogram, PlatformCollector
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
+"""What `Metrics.render` returns."""
+
+OTHER: Final = "other"
+"""The label value that takes what exceeds a family's bound."""
+
+_FAMILY_CHILDREN_MAX: Final = 5000
+_HTTP_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+_UPSTREAM_SECONDS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_ROUND_SECONDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1, 5)
+_ROUND_COMMANDS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+
+BREAKER_STATES: Final = {"closed": 0, "open": 1, "half_open": 2}
+"""The values of gateway_upstream_breaker_state."""
+
+M = TypeVar("M", Counter, Gauge, Histogram)
+
+
+@attrs.frozen
+class Described:
+    """One family as docs/metrics.md shows it."""
+
+    name: str
+    """Its name as Prometheus sees it; counters end in _total."""
+    kind: str
+    """counter, gauge or histogram."""
+    labels: tuple[str, ...]
+    """Its labels, in the order in which `Family.of` takes their values."""
+    unit: str
+    """What one unit of it is."""
+    meaning: str
+    """What it counts or shows."""
+
+
+class Family(Generic[M]):
+    """A labelled metric whose children are kept: finding one costs a dictionary look-up instead of a microsecond.
+
+    A family has a bound. Past it new combinations share one child whose labels all say "other", so that a label that
+    grows without bound costs precision, not memory.
+    """
+
+    def __init__(self, metric: M, labels_count: int, children_max: int = _FAMILY_CHILDREN_MAX) -> None:
+        self._metric: M = metric
+        self._children: dict[tuple[str, ...], M] = {}
+        self._children_max = children_max
+        self._overflow = (OTHER,) * labels_count
+
+    def of(self, *values: str) -> M:
+        """Return the child with these label values, in the order in which the family names its labels."""
+        child = self._children.get(values)
+        if child is None:
+            child = self._make(values)
+        return child
+
+    def forget(self, *values: str) -> None:
+        """Drop the child with these values, such as that of a deleted API. Unknown values are no error."""
+        if self._children.pop(values, None) is not None:
+            self._metric.remove(*values)
+
+    def _make(self, values: tuple[str, ...]) -> M:
+        if len(self._children) >= self._children_max and values != self._overflow:
+            return self.of(*self._overflow)
+        # labels() itself refuses a wrong number of values
+        child: M = self._metric.labels(*values)
+        self._children[values] = child
+        return child
+
+
+class _WithoutCreated(Collector):
+    """A registry without its `_created` samples: they double the scrape and say what a reset already shows."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
+
+
+class Metrics:
+    """All series of one process. Attributes without labels are metrics; those with labels are `Family`s."""
+
+    def __init__(self) -> None:
+        self.registry: Final = CollectorRegistry(auto_describe=True)
+        self._described: list[Described] = []
+        self._exported = _WithoutCreated(self.registry)
+
+        # HTTP, on both transports
+        http = ("method", "route", "status_code", "route_group")
+        self.http_requests = self._counters(
+            "http_requests_total",
+            http,
+            "requests",
+            "Requests answered. `route` is a template; `route_group` is gateway, health, metrics or other.",
+        )
+        self.http_request_seconds = self._histograms(
+            "http_request_duration_seconds",
+            http,
+            "seconds",
+            "From the request's head to the last byte of its answer.",
+            _HTTP_SECONDS,
+        )
+        self.connections = self._gauge("callora_connections", "connections", "Open client connections.")
+        self.inflight_calls = self._gauge(
+            "callora_inflight_calls", "calls", "Calls accepted on `/v1/call` and not yet answered."
+        )
+        self.draining = self._gauge("callora_draining", "0 or 1", "1 from SIGTERM on.")
+        self.log_records_dropped = self._counter(
+            "callora_log_records_dropped_total", "records", "Log records dropped because their buffer was full."
+        )
+
+        # The call
+        self.api_key_lookups = self._counters(
+            "gateway_api_key_lookup_total",
+            ("outcome",),
+            "look-ups",
+            "API keys looked up: hit, miss, revoked, expired or disabled.",
+        )
+        self.calls = self._counters(
+            "callora_calls_total", ("outcome",), "calls", "Calls that reached the hold, by the outcome recorded."
+        )
+        self.refusals = self._counters(
+            "callora_refusals_total", ("code",), "calls", "Calls refused, by the code of docs/errors.md."
+        )
+        self.premature_aborts = self._counter(
+            "proxy_premature_aborts_total", "calls", "Calls whose client left before the upstream answered."
+        )
+        upstream = ("api_id", "method", "status_code", "outcome")
+        self.upstream_seconds = self._histograms(
+            "gateway_upstream_duration_seconds",
+            upstream,
+            "seconds",
+            "From the upstream request to the head of its answer; outcome is success, timeout or error. "
+            "Recorded with GATEWAY_PROFILING_ENABLED.",
+            _UPSTREAM_SECONDS,
+        )
+        self.upstream_requests = self._counters(
+            "gateway_upstream_requests_total",
+            upstream,
+            "requests",
+            "Requests sent upstream. Recorded with GATEWAY_PROFILING_ENABLED.",
+        )
+        self.upstream_breaker_state = self._gauges(
+            "gateway_upstream_breaker_state", ("api_id",), "state", "An API's breaker: 0 closed, 1 open, 2 half-open."
+        )
+
+        # The ledger
+        self.charged_stroops = self._counter(
+            "callora_charged_stroops_total", "stroops", "What captured calls were charged."
+        )
+        self.rounds = self._counters(
+            "callora_rounds_total",
+            ("result",),
+            "rounds",
+            "Rounds of the ledger: stored, refused, or the fault that ended one (StoreUnavailable, OutcomeUnknown).",
+        )
+        self.round_commands = self._histogram(
+            "callora_round_commands", "commands", "Commands that one round carried.", _ROUND_COMMANDS
+        )
+        self.round_seconds = self._histogram(
+            "callora_round_duration_seconds", "seconds", "One round, from its statement to its commit.", _ROUND_SECONDS
+        )
+        self.vault_mailbox_depth_max = self._gauge(
+            "callora_vault_mailbox_depth_max",
+            "commands",
+            "The longest queue of any vault; its bound: ACTOR_MAILBOX_MAX.",
+        )
+        self.active_vaults = self._gauge("callora_active_vaults", "vaults", "Vaults that have an actor now.")
+        self.actor_restarts = self._counter(
+            "callora_actor_restarts_total", "restarts", "Actors that crashed and were started again."
+        )
+        self.expired_holds = self._counter(
+            "callora_expired_holds_total", "holds", "Holds that nobody closed and the sweep released."
+        )
+        self.catalogue_age_seconds = self._gauge(
+            "callora_catalogue_age_seconds", "seconds", "Since keys, APIs and prices were last read."
+        )
+
+        # Money, from the background audit: what must hold, watched
+        self.available_stroops = self._gauge("callora_available_stroops", "stroops", "Σ available over all vaults.")
+        self.held_stroops = self._gauge("callora_held_stroops", "stroops", "Σ held over all vaults.")
+        self.unsettled_stroops = self._gauge(
+            "callora_unsettled_stroops", "stroops", "Σ captured and not yet settled to developers."
+        )
+        self.ledger_drift_stroops = self._gauge(
+            "callora_ledger_drift_stroops",
+            "stroops",
+            "Σ balances minus Σ ledger entries and captures; anything but 0 is an alarm.",
+        )
+        self.hold_oldest_seconds = self._gauge(
+            "callora_hold_oldest_seconds", "seconds", "The age of the oldest open hold; its bound: HOLD_TTL_SECONDS."
+        )
+
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+
+    @property
+    def described(self) -> tuple[Described, ...]:
+        """Callora's own families, in the order of docs/metrics.md; those of the process and of Python come besides."""
+        return tuple(self._described)
+
+    def render(self) -> bytes:
+        """Return all series as Prometheus text. Takes milliseconds with many routes: call it in a thread."""
+        return generate_latest(self._exported)
+
+    def _describe(self, name: str, kind: str, labels: tuple[str, ...], unit: str, meaning: str) -> None:
+        self._described.append(Described(name, kind, labels, unit, meaning))
+
+    def _counter(self, name: str, unit: str, meaning: str) -> Counter:
+        self._describe(name, "counter", (), unit, meaning)
+        return Counter(name, meaning, registry=self.registry)
+
+    def _counters(self, name: str, labels: tuple[str, ...], unit: str, meaning: str) -> Family[Counter]:
+        self._describe(name, "counter", labels, unit, meaning)
+        return Family(Counter(name, meaning, labels, registry=self.registry), len(labels))
+
+    def _gauge(self, name: str, unit: str, meaning: str) -> Gauge:
+        self._describe(name, "gauge", (), unit, meaning)
+        return Gauge(name, meaning, registry=self.registry)
+
+    def _gauges(self, name: str, labels: tuple[str, ...], unit: str, meaning: str) -> Family[Gauge]:
+        self._describe(name, "gauge", labels, unit, meaning)
+        return Family(Gauge(name, meaning, labels, registry=self.registry), len(labels))
+
+    def _histogram(self, name: str, unit: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
+        self._describe(name, "histogram", (), unit, meaning)
+        return Histogram(name, meaning, registry=self.registry, buckets=buckets)
+
+    def _histograms(
+        self, name: str, labels: tuple[str, ...], unit: str, meaning: str, buckets: tuple[float, ...]
+    ) -> Family[Histogram]:
+        self._describe(name, "histogram", labels, unit, meaning)
+        return Family(Histogram(name, meaning, labels, registry=self.registry, buckets=buckets), len(labels))

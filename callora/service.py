@@ -1,0 +1,468 @@
+"""The service: everything is built here, in nested blocks; leaving them in reverse order is the drain.
+
+Order of the drain: no new calls → calls in hand end → commands in mailboxes are stored → the writer → the connections
+to PostgreSQL → the asyncio loop. One budget for all of it; at its end everything is cancelled, and a watchdog outside
+the event loop ends a process that does not end by itself.
+"""
+
+import gc
+import os
+import random
+import socket
+import ssl
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import attrs
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from callora.actors.breaker import BreakerSettings
+from callora.actors.catalogue import Catalogue
+from callora.actors.compensation import Compensator
+from callora.actors.expiry import ExpirySweep, repeat
+from callora.actors.limiter import Limiter
+from callora.actors.registry import VaultRegistry
+from callora.actors.supervisor import Supervisor
+from callora.actors.vault import no_policies
+from callora.actors.writer import Writer
+from callora.config import Settings
+from callora.http.gateway.addresses import AddressPolicy, Resolver
+from callora.http.gateway.admission import Admission
+from callora.http.gateway.calls import CallFlow, CallSettings
+from callora.http.gateway.client import TimeLimits
+from callora.http.gateway.listener import Listener, open_listener
+from callora.http.gateway.upstream import Upstreams
+from callora.http.rest.app import create_app, serve_rest
+from callora.http.rest.deps import RestDeps
+from callora.ledger.ids import Ids
+from callora.logs import Logs
+from callora.metrics import BREAKER_STATES, Metrics
+from callora.store import usage
+from callora.store.bridge import Database, open_database
+from callora.store.keys import note_use
+from callora.store.migrate import pending
+from callora.store.reads import Reads
+from callora.store.vaults import LINE_SETTINGS, VaultStore
+
+KEYED_BODY_BYTES_MAX: Final = 1_048_576
+"""The largest request body with an Idempotency-Key: it is held in memory while its intent is looked up."""
+UPSTREAM_IDLE_SECONDS: Final = 300.0
+"""How long an upstream may be silent inside an answer's body: longer than any heartbeat of an event stream."""
+SETTLE_SECONDS: Final = 1.0
+"""After the drain's deadline: what cut calls left behind is stored."""
+LAST_RESORT_SECONDS: Final = 3.0
+"""After the drain's deadline: the process is ended whatever it is doing."""
+MAINTENANCE_SECONDS: Final = 3600.0
+SUMS_SECONDS: Final = 15.0
+MIGRATIONS_SECONDS: Final = 5.0
+CHANGES_KEPT: Final = 100_000
+CLAIMS_BATCH: Final = 10_000
+
+
+class SystemClock:
+    """The wall clock, as UTC."""
+
+    def now(self) -> datetime:
+        """Return the present instant."""
+        return datetime.now(UTC)
+
+
+@attrs.frozen
+class Ledger:
+    """The part of the service that moves money, without anything that listens."""
+
+    database: Database
+    store: VaultStore
+    registry: VaultRegistry
+
+
+@attrs.frozen
+class Context:
+    """What every part is given."""
+
+    settings: Settings
+    metrics: Metrics
+    logs: Logs
+    clock: SystemClock
+    ids: Ids
+    random: random.Random
+
+    @classmethod
+    def make(cls, settings: Settings, logs: Logs, clock: SystemClock) -> "Context":
+        """Return the context of a process."""
+        return cls(settings, Metrics(), logs, clock, Ids(clock, os.urandom), random.Random())  # noqa: S311 - jitter
+
+
+@asynccontextmanager
+async def open_ledger(context: Context, dsn: str, budget: "Budget") -> AsyncIterator[Ledger]:
+    """Open the database and the actors; on leaving, every decision is stored before anything closes.
+
+    Cancellation: waited for until the drain's budget is spent.
+    """
+    settings, metrics, logs = context.settings, context.metrics, context.logs
+    supervisor = Supervisor(metrics, logs.logger("supervisor"), context.random)
+    async with (
+        open_database(
+            dsn,
+            pool_max=settings.db_pool_max,
+            idle_seconds=settings.db_idle_timeout_seconds,
+            connect_seconds=settings.db_conn_timeout_seconds,
+        ) as database,
+        database.line(LINE_SETTINGS) as line,
+    ):
+        store = VaultStore(database, line, context.clock, settings.commit_timeout_seconds)
+        writer = Writer(store, metrics, logs.logger("writer"), settings.writer_round_max)
+        registry = VaultRegistry(
+            store, writer, metrics, logs.logger("registry"), context.random, no_policies, settings.actor_mailbox_max
+        )
+        async with trio.open_nursery() as writing:
+            await writing.start(supervisor.run, "writer", writer.run)
+            async with trio.open_nursery() as acting:
+                await acting.start(registry.run)
+                try:
+                    yield Ledger(database, store, registry)
+                finally:
+                    registry.close()
+                    writing.cancel_scope.shield = True
+                    acting.cancel_scope.shield = True
+                    acting.cancel_scope.deadline = budget.settle_at()
+            if acting.cancel_scope.cancelled_caught:
+                budget.exceeded = True
+            writing.cancel_scope.cancel()
+
+
+class Budget:
+    """The drain's time: one deadline for all of its steps, and whether it was kept."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._started_at: float | None = None
+        self.exceeded = False
+        """True when something was cut: the exit code tells."""
+
+    def start(self) -> None:
+        """Start counting; the first start counts."""
+        if self._started_at is None:
+            self._started_at = trio.current_time()
+
+    @property
+    def draining(self) -> bool:
+        """True from the start on."""
+        return self._started_at is not None
+
+    @property
+    def deadline(self) -> float:
+        """When calls in hand are cut, on Trio's clock."""
+        assert self._started_at is not None
+        return self._started_at + self._seconds
+
+    def settle_at(self) -> float:
+        """Return when what is still undecided is given up."""
+        self.start()
+        return self.deadline + SETTLE_SECONDS
+
+
+@attrs.frozen
+class Serving:
+    """A service that takes calls."""
+
+    url: str
+    ledger: Ledger
+    context: Context
+
+
+async def serve(
+    context: Context,
+    dsn: str,
+    stop: trio.Event,
+    *,
+    shared_port: bool = False,
+    flow_class: type[CallFlow] = CallFlow,
+    on_ready: Callable[[Serving], Awaitable[None]] | None = None,
+) -> int:
+    """Serve until `stop` is set, then drain.
+
+    Args:
+        dsn: the database; it need not be up.
+        shared_port: whether other processes listen on the same port.
+        flow_class: the call flow; the benchmark measures shorter ones.
+        on_ready: called once calls are taken.
+
+    Returns:
+        The exit code: 0 when everything ended in time, 1 when something had to be cut.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    settings, log = context.settings, context.logs.logger("service")
+    listener_socket = open_listener(settings.host, settings.port, shared=shared_port)
+    try:
+        budget = Budget(settings.drain_timeout_seconds)
+        async with open_ledger(context, dsn, budget) as ledger, trio.open_nursery() as jobs:
+            parts = await _start_parts(context, ledger, jobs, flow_class, budget)
+            async with trio.open_nursery() as serving:
+                await serving.start(partial(parts.serve_rest, budget))
+                await serving.start(parts.listener.run, [listener_socket])
+                gc.collect()
+                gc.freeze()
+                url = _url(settings, listener_socket)
+                log.info("serving", url=url)
+                if on_ready is not None:
+                    await on_ready(Serving(url, ledger, context))
+                await stop.wait()
+                await _drain(parts, budget, serving, log)
+            jobs.cancel_scope.cancel()
+        log.info("stopped", clean=not budget.exceeded)
+        return 1 if budget.exceeded else 0
+    finally:
+        listener_socket.close()
+
+
+async def _drain(parts: "_Parts", budget: Budget, serving: trio.Nursery, log: FilteringBoundLogger) -> None:
+    budget.start()
+    _last_resort(parts.context.settings.drain_timeout_seconds + LAST_RESORT_SECONDS)
+    log.info("draining", calls=parts.listener.busy)
+    parts.context.metrics.draining.set(1)
+    parts.admission.draining = True
+    parts.listener.drain()
+    with trio.move_on_at(budget.deadline):
+        await parts.listener.ended.wait()
+    if not parts.listener.ended.is_set():
+        budget.exceeded = True
+        log.warning("drain_deadline", calls_cut=parts.listener.busy)
+    serving.cancel_scope.cancel()
+
+
+def _last_resort(seconds: float) -> None:
+    """End the process from outside the event loop, should it still be there then."""
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
+@attrs.frozen
+class _Parts:
+    context: Context
+    admission: Admission
+    listener: Listener
+    serve_rest: Callable[..., Awaitable[None]]
+
+
+async def _start_parts(
+    context: Context, ledger: Ledger, jobs: trio.Nursery, flow_class: type[CallFlow], budget: Budget
+) -> _Parts:
+    settings, metrics, logs = context.settings, context.metrics, context.logs
+    supervisor = Supervisor(metrics, logs.logger("supervisor"), context.random)
+    reads = Reads(ledger.database)
+    catalogue = Catalogue(
+        reads,
+        metrics,
+        logs.logger("catalogue"),
+        settings.catalogue_refresh_seconds,
+        lambda used: note_use(ledger.database, used, context.clock.now()),
+    )
+    limiter = Limiter(
+        user_limit=settings.gateway_rate_limit_max_requests,
+        user_window_seconds=settings.gateway_rate_limit_window_seconds,
+        key_limit_default=settings.rate_limit_max_requests,
+        key_window_seconds=settings.rate_limit_window_seconds,
+        running_max=settings.key_max_concurrency,
+    )
+    policy = AddressPolicy(settings.upstream_allowed_hosts, settings.upstream_allowed_networks)
+    resolver = Resolver(policy, jobs, deadline_seconds=settings.proxy_connect_timeout_seconds)
+    upstreams = Upstreams(resolver, ssl.create_default_context(), settings.upstream_pool_max)
+    compensator = Compensator(ledger.registry, logs.logger("compensation"))
+    expiry = ExpirySweep(
+        ledger.database,
+        ledger.registry,
+        context.clock,
+        metrics,
+        logs.logger("expiry"),
+        interval_seconds=settings.hold_sweep_interval_seconds,
+        commit_seconds_max=settings.commit_timeout_seconds,
+    )
+    admission = Admission(
+        catalogue=catalogue,
+        limiter=limiter,
+        resolver=resolver,
+        breaker_settings=BreakerSettings(
+            settings.proxy_breaker_failure_threshold,
+            settings.proxy_breaker_cooldown_seconds,
+            settings.proxy_breaker_success_threshold,
+        ),
+        trusted_proxies=settings.trusted_proxy_count,
+        clock=context.clock,
+        metrics=metrics,
+    )
+    flow = flow_class(
+        admission=admission,
+        registry=ledger.registry,
+        upstreams=upstreams,
+        reads=reads,
+        compensator=compensator,
+        settings=_call_settings(settings),
+        clock=context.clock,
+        ids=context.ids,
+        metrics=metrics,
+        log=logs.logger("gateway"),
+    )
+    migrations = _Migrations(ledger.database)
+    housekeeping = _Housekeeping(context, ledger.database, reads)
+    rest_directory = tempfile.mkdtemp(prefix="callora-")
+    rest_path = str(Path(rest_directory) / "rest.sock")
+    listener = Listener(
+        flow=flow,
+        rest_path=rest_path,
+        tls=_server_tls(settings),
+        limits=TimeLimits(
+            head_seconds=settings.client_head_timeout_seconds,
+            idle_seconds=settings.client_idle_timeout_seconds,
+            body_seconds=settings.client_body_timeout_seconds,
+        ),
+        connections_max=settings.client_max_connections,
+        rest_body_bytes_max=settings.request_body_limit_bytes,
+        ids=context.ids,
+        metrics=metrics,
+        log=logs.logger("listener"),
+    )
+
+    def refresh_metrics() -> None:
+        metrics.active_vaults.set(ledger.registry.active)
+        for api_id, breaker in admission.breaker_states().items():
+            metrics.upstream_breaker_state.of(str(api_id)).set(BREAKER_STATES[breaker.state])
+
+    app = create_app(
+        RestDeps(
+            settings=settings,
+            metrics=metrics,
+            logger=logs.logger("rest"),
+            clock=context.clock,
+            new_request_id=context.ids.uuid7,
+            database_check=ledger.database.check,
+            draining=lambda: budget.draining,
+            pending_migrations=lambda: migrations.pending,
+            refresh_metrics=refresh_metrics,
+        )
+    )
+
+    async def run_rest(budget: Budget, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED) -> None:
+        try:
+            await serve_rest(
+                app,
+                binds=[f"unix:{rest_path}"],
+                logger=logs.stdlib_logger("hypercorn"),
+                shutdown=trio.sleep_forever,
+                graceful_timeout_seconds=1.0,
+                keep_alive_seconds=REST_KEEP_ALIVE_SECONDS,
+                task_status=task_status,
+            )
+        finally:
+            Path(rest_directory).rmdir()
+
+    for name, task in (
+        ("catalogue", catalogue.run),
+        ("limiter", limiter.run),
+        ("upstreams", upstreams.run),
+        ("compensation", compensator.run),
+        ("expiry", expiry.run),
+        ("migrations", partial(repeat, "migrations", migrations.look, MIGRATIONS_SECONDS, logs.logger("jobs"))),
+        (
+            "maintenance",
+            partial(repeat, "maintenance", housekeeping.maintain, MAINTENANCE_SECONDS, logs.logger("jobs")),
+        ),
+        (
+            "claims",
+            partial(
+                repeat,
+                "claims",
+                housekeeping.drop_claims,
+                settings.idempotency_sweep_interval_seconds,
+                logs.logger("jobs"),
+            ),
+        ),
+        ("sums", partial(repeat, "sums", housekeeping.read_sums, SUMS_SECONDS, logs.logger("jobs"))),
+    ):
+        await jobs.start(supervisor.run, name, task)
+    return _Parts(context, admission, listener, run_rest)
+
+
+REST_KEEP_ALIVE_SECONDS: Final = 120.0
+"""Longer than the listener keeps an idle connection to the REST server."""
+
+
+def _call_settings(settings: Settings) -> CallSettings:
+    return CallSettings(
+        body_bytes_max=settings.gateway_body_limit_bytes,
+        keyed_body_bytes_max=min(KEYED_BODY_BYTES_MAX, settings.gateway_body_limit_bytes),
+        stored_answer_bytes_max=settings.idempotency_max_body_bytes,
+        connect_seconds=settings.proxy_connect_timeout_seconds,
+        answer_seconds=settings.proxy_timeout_seconds,
+        idle_seconds=UPSTREAM_IDLE_SECONDS,
+        hold_ttl_seconds=int(settings.hold_ttl_seconds),
+        claim_retention_seconds=int(settings.idempotency_retention_seconds),
+        profile_upstreams=settings.gateway_profiling_enabled,
+    )
+
+
+def _server_tls(settings: Settings) -> ssl.SSLContext | None:
+    if settings.tls_cert_file is None or settings.tls_key_file is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file)
+    return context
+
+
+def _url(settings: Settings, listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - read, not bound
+        host = "127.0.0.1"
+    scheme = "https" if settings.tls_enabled else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+class _Migrations:
+    """How many migrations the database lacks; more than none, or unknown, is not ready."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.pending = 1
+
+    async def look(self) -> None:
+        """Ask the database, until it lacks none."""
+        if self.pending:
+            self.pending = len(await pending(self._database))
+
+
+class _Housekeeping:
+    """What keeps tables small and gauges true."""
+
+    def __init__(self, context: Context, database: Database, reads: Reads) -> None:
+        self._context = context
+        self._database = database
+        self._reads = reads
+
+    async def maintain(self) -> None:
+        """Make the partitions of the months to come and drop what every process has seen."""
+        for name in await usage.ensure_partitions(self._database, self._context.clock.now()):
+            self._context.logs.logger("jobs").info("partition_made", name=name)
+        await usage.drop_old_changes(self._database, CHANGES_KEPT)
+
+    async def drop_claims(self) -> None:
+        """Forget idempotency keys past their retention."""
+        while await usage.drop_expired_claims(self._database, self._context.clock.now(), CLAIMS_BATCH) == CLAIMS_BATCH:
+            pass
+
+    async def read_sums(self) -> None:
+        """Read Σ available and Σ held."""
+        available, held = await self._reads.balance_sums()
+        self._context.metrics.available_stroops.set(available)
+        self._context.metrics.held_stroops.set(held)

@@ -1,0 +1,118 @@
+"""Users, vaults, developers, APIs and prices: made here, for the demo, the bench and the tests.
+
+Every function repeats safely: what exists under the same name is left as it is.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Final
+
+import attrs
+
+from callora.ledger.ids import ApiId, DeveloperId, UserId, VaultId
+from callora.ledger.money import Stroops
+from callora.store.bridge import Database
+
+_ADD_USER: Final = "INSERT INTO users (user_id, name, created_at) VALUES ($1, $2, $3)"
+
+_FIND_USER: Final = "SELECT user_id FROM users WHERE name = $1 ORDER BY created_at, user_id LIMIT 1"
+
+_ADD_VAULT: Final = """
+INSERT INTO vaults (vault_id, user_id, network, plan_id, created_at) VALUES ($1, $2, $3, $4, $5)
+ON CONFLICT (user_id, network) DO NOTHING
+"""
+
+_FIND_VAULT: Final = "SELECT vault_id FROM vaults WHERE user_id = $1 AND network = $2"
+
+_ADD_DEVELOPER: Final = """
+INSERT INTO developers (developer_id, user_id, name, created_at) VALUES ($1, $2, $3, $4) ON CONFLICT (user_id) DO NOTHING
+"""
+
+_FIND_DEVELOPER: Final = "SELECT developer_id FROM developers WHERE user_id = $1"
+
+_ADD_API: Final = """
+INSERT INTO apis (developer_id, slug, name, base_url, created_at) VALUES ($1, $2, $3, $4, $5)
+ON CONFLICT (slug) DO UPDATE SET base_url = excluded.base_url WHERE apis.base_url <> excluded.base_url
+"""
+
+_FIND_API: Final = "SELECT api_id FROM apis WHERE slug = $1"
+
+_ADD_ENDPOINT: Final = """
+INSERT INTO api_endpoints (api_id, method, path) VALUES ($1, $2, $3) ON CONFLICT (api_id, method, path) DO NOTHING
+"""
+
+_SET_PRICE: Final = """
+INSERT INTO endpoint_prices (endpoint_id, version, amount, effective_from)
+SELECT e.endpoint_id, coalesce(max(p.version), 0) + 1, $4, $5
+FROM api_endpoints e LEFT JOIN endpoint_prices p ON p.endpoint_id = e.endpoint_id
+WHERE e.api_id = $1 AND e.method = $2 AND e.path = $3
+GROUP BY e.endpoint_id
+HAVING $4 IS DISTINCT FROM (array_agg(p.amount ORDER BY p.version DESC))[1]
+"""
+
+_SET_STATUS: Final = "UPDATE apis SET status = $2 WHERE api_id = $1"
+
+
+@attrs.frozen
+class PricedEndpoint:
+    """An endpoint to be offered."""
+
+    method: str
+    path: str
+    amount: Stroops
+
+
+async def add_user(database: Database, user_id: UserId, name: str, now: datetime) -> None:
+    """Store a user."""
+    await database.execute(_ADD_USER, user_id, name, now)
+
+
+async def find_user(database: Database, name: str) -> UserId | None:
+    """Return the oldest user of this name."""
+    found = await database.fetch_value(_FIND_USER, name)
+    return None if found is None else UserId(str(found))
+
+
+async def ensure_vault(
+    database: Database, vault_id: VaultId, user_id: UserId, network: str, plan_id: str, now: datetime
+) -> VaultId:
+    """Return the user's vault on a network, made under `vault_id` where there is none."""
+    await database.execute(_ADD_VAULT, vault_id, user_id, network, plan_id, now)
+    return VaultId(str(await database.fetch_value(_FIND_VAULT, user_id, network)))
+
+
+async def ensure_developer(
+    database: Database, developer_id: DeveloperId, user_id: UserId, name: str, now: datetime
+) -> DeveloperId:
+    """Return the user's developer profile, made under `developer_id` where there is none."""
+    await database.execute(_ADD_DEVELOPER, developer_id, user_id, name, now)
+    return DeveloperId(str(await database.fetch_value(_FIND_DEVELOPER, user_id)))
+
+
+async def ensure_api(
+    database: Database,
+    *,
+    developer_id: DeveloperId,
+    slug: str,
+    name: str,
+    base_url: str,
+    endpoints: Sequence[PricedEndpoint],
+    now: datetime,
+) -> ApiId:
+    """Return the API of this slug, with this base URL, these endpoints and these prices."""
+    await database.execute(_ADD_API, developer_id, slug, name, base_url, now)
+    api_id = ApiId(await database.fetch_value(_FIND_API, slug))
+    for endpoint in endpoints:
+        await database.execute(_ADD_ENDPOINT, api_id, endpoint.method, endpoint.path)
+        await set_price(database, api_id, endpoint, now)
+    return api_id
+
+
+async def set_price(database: Database, api_id: ApiId, endpoint: PricedEndpoint, effective_from: datetime) -> None:
+    """Give an endpoint a new price from a date on; the price it has already is left as it is."""
+    await database.execute(_SET_PRICE, api_id, endpoint.method, endpoint.path, endpoint.amount, effective_from)
+
+
+async def set_api_status(database: Database, api_id: ApiId, status: str) -> None:
+    """Publish, pause or archive an API."""
+    await database.execute(_SET_STATUS, api_id, status)

@@ -1,0 +1,169 @@
+"""What may be read without going through an actor: keys, APIs and prices, stored answers, sums."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Final, Literal
+
+import attrs
+
+from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, EndpointId, EventId, UserId, VaultId
+from callora.ledger.keys import KeyRecord
+from callora.ledger.money import Stroops
+from callora.ledger.pricing import ApiRecord, Endpoint, EndpointTable, Price, parse_billable
+from callora.store.bridge import Database, Row
+
+_KEYS: Final = """
+SELECT k.api_key_id, k.user_id, k.vault_id, k.key_hash, k.scopes, k.allowed_apis, k.allowed_endpoints, k.allowed_cidrs,
+       coalesce(k.rate_limit_per_minute, p.rate_limit_per_minute) AS rate_limit_per_minute, k.disabled, k.expires_at,
+       k.revoked_at, v.standing::text AS standing
+FROM api_keys k JOIN vaults v ON v.vault_id = k.vault_id JOIN plans p ON p.plan_id = v.plan_id
+WHERE k.prefix = $1
+"""
+
+_API: Final = """
+SELECT api_id, slug, developer_id, base_url, status = 'active' AS active, upstream_headers::text AS upstream_headers
+FROM apis WHERE slug = $1 OR api_id = $2
+"""
+
+_ENDPOINTS: Final = """
+SELECT e.endpoint_id, e.method, e.path, e.billable_statuses, e.required_scope, p.version, p.amount, p.effective_from
+FROM api_endpoints e JOIN endpoint_prices p ON p.endpoint_id = e.endpoint_id
+WHERE e.api_id = $1
+ORDER BY e.endpoint_id, p.effective_from, p.version
+"""
+
+_EPOCH: Final = "SELECT version FROM catalogue_epoch"
+
+_CHANGES: Final = "SELECT version, kind, ref FROM catalogue_changes WHERE version > $1 ORDER BY version"
+
+_CLAIM: Final = """
+SELECT i.fingerprint, i.event_id, i.state, i.status, i.head, i.body, i.charge, i.expires_at,
+       u.state::text AS event_state
+FROM idempotency_keys i LEFT JOIN usage_events u ON u.vault_id = i.vault_id AND u.event_id = i.event_id
+WHERE i.vault_id = $1 AND i.key = $2
+"""
+
+_SUMS: Final = """
+SELECT coalesce(sum(available), 0)::bigint AS available, coalesce(sum(held), 0)::bigint AS held FROM vaults
+"""
+
+
+@attrs.frozen(slots=True)
+class CatalogueChange:
+    """One change of what the gateway caches."""
+
+    version: int
+    kind: Literal["key", "api", "vault", "plan"]
+    ref: str
+
+
+@attrs.frozen(slots=True)
+class Claim:
+    """What is stored under an idempotency key."""
+
+    fingerprint: bytes
+    event_id: EventId
+    state: Literal["started", "completed", "not_replayable"]
+    status: int | None
+    head: bytes | None
+    body: bytes | None
+    charge: Stroops | None
+    expires_at: datetime
+    event_open: bool
+    """True while the hold of the attempt that made the claim is open."""
+
+
+def _key(row: Row) -> KeyRecord:
+    apis, endpoints, networks = row["allowed_apis"], row["allowed_endpoints"], row["allowed_cidrs"]
+    return KeyRecord(
+        api_key_id=ApiKeyId(str(row["api_key_id"])),
+        user_id=UserId(str(row["user_id"])),
+        vault_id=VaultId(str(row["vault_id"])),
+        key_hash=row["key_hash"],
+        scopes=frozenset(row["scopes"]),
+        allowed_apis=None if apis is None else frozenset(map(ApiId, apis)),
+        allowed_endpoints=None if endpoints is None else frozenset(map(EndpointId, endpoints)),
+        allowed_networks=None if networks is None else tuple(networks),
+        rate_limit_per_minute=row["rate_limit_per_minute"],
+        disabled=row["disabled"],
+        expires_at=row["expires_at"],
+        revoked_at=row["revoked_at"],
+        standing=row["standing"],
+    )
+
+
+class Reads:
+    """Queries over the pool. Every method raises StoreUnavailable, and then nothing was read."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def keys_with_prefix(self, prefix: str) -> Sequence[KeyRecord]:
+        """Return every key with this 16-character prefix; more than one is rare and possible."""
+        return [_key(row) for row in await self._database.fetch(_KEYS, prefix)]
+
+    async def api(self, slug_or_id: str) -> ApiRecord | None:
+        """Return the API with this slug, or with this number."""
+        number = int(slug_or_id) if slug_or_id.isdecimal() and len(slug_or_id) <= 18 else None
+        row = await self._database.fetch_row(_API, slug_or_id, number)
+        if row is None:
+            return None
+        endpoints: dict[int, list[Row]] = {}
+        for line in await self._database.fetch(_ENDPOINTS, row["api_id"]):
+            endpoints.setdefault(line["endpoint_id"], []).append(line)
+        return ApiRecord(
+            api_id=ApiId(row["api_id"]),
+            slug=row["slug"],
+            developer_id=DeveloperId(str(row["developer_id"])),
+            base_url=row["base_url"],
+            active=row["active"],
+            upstream_headers=json.loads(row["upstream_headers"]),
+            endpoints=EndpointTable([_endpoint(lines) for lines in endpoints.values()]),
+        )
+
+    async def catalogue_version(self) -> int:
+        """Return the number of the latest change."""
+        version = await self._database.fetch_value(_EPOCH)
+        assert isinstance(version, int)
+        return version
+
+    async def catalogue_changes(self, after: int) -> Sequence[CatalogueChange]:
+        """Return the changes after a version, in commit order and without gaps."""
+        rows = await self._database.fetch(_CHANGES, after)
+        return [CatalogueChange(row["version"], row["kind"], row["ref"]) for row in rows]
+
+    async def claim(self, vault_id: VaultId, key: str) -> Claim | None:
+        """Return what is stored under a vault's idempotency key."""
+        row = await self._database.fetch_row(_CLAIM, vault_id, key)
+        if row is None:
+            return None
+        return Claim(
+            fingerprint=row["fingerprint"],
+            event_id=EventId(str(row["event_id"])),
+            state=row["state"],
+            status=row["status"],
+            head=row["head"],
+            body=row["body"],
+            charge=row["charge"],
+            expires_at=row["expires_at"],
+            event_open=row["event_state"] == "held",
+        )
+
+    async def balance_sums(self) -> tuple[Stroops, Stroops]:
+        """Return Σ available and Σ held over all vaults."""
+        row = await self._database.fetch_row(_SUMS)
+        assert row is not None
+        return row["available"], row["held"]
+
+
+def _endpoint(lines: Sequence[Row]) -> Endpoint:
+    first = lines[0]
+    return Endpoint(
+        endpoint_id=EndpointId(first["endpoint_id"]),
+        method=first["method"],
+        path=first["path"],
+        billable=parse_billable(first["billable_statuses"]),
+        required_scope=first["required_scope"],
+        prices=tuple(Price(line["version"], Stroops(line["amount"]), line["effective_from"]) for line in lines),
+    )

@@ -1,0 +1,106 @@
+"""Usage events as the sweep and the housekeeping see them."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+import attrs
+
+from callora.ledger.ids import EventId, VaultId
+from callora.ledger.money import Stroops
+from callora.store.bridge import Database, Row
+
+MONTHS_AHEAD: Final = 3
+
+_OPEN_SINCE: Final = """
+SELECT vault_id, event_id, held_amount, created_at, expires_at FROM usage_events
+WHERE created_at >= $1 AND created_at < $2 AND state = 'held'
+ORDER BY created_at LIMIT $3
+"""
+
+_OPEN_OF: Final = """
+SELECT u.vault_id, u.event_id, u.held_amount, u.created_at, u.expires_at
+FROM unnest($1::uuid[], $2::uuid[]) AS w (vault_id, event_id)
+JOIN usage_events u ON u.vault_id = w.vault_id AND u.event_id = w.event_id
+WHERE u.state = 'held'
+"""
+
+_PARTITION_EXISTS: Final = "SELECT to_regclass($1) IS NOT NULL"
+
+_DROP_CLAIMS: Final = """
+DELETE FROM idempotency_keys WHERE (vault_id, key) IN (
+    SELECT vault_id, key FROM idempotency_keys WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2
+)
+"""
+
+_DROP_CHANGES: Final = """
+DELETE FROM catalogue_changes WHERE version < (SELECT version FROM catalogue_epoch) - $1
+"""
+
+
+@attrs.frozen(slots=True)
+class OpenHold:
+    """A hold that nobody has closed yet."""
+
+    vault_id: VaultId
+    event_id: EventId
+    held_amount: Stroops
+    created_at: datetime
+    expires_at: datetime
+
+
+def _hold(row: Row) -> OpenHold:
+    return OpenHold(
+        VaultId(str(row["vault_id"])),
+        EventId(str(row["event_id"])),
+        Stroops(row["held_amount"]),
+        row["created_at"],
+        row["expires_at"],
+    )
+
+
+async def open_holds(database: Database, since: datetime, until: datetime, limit: int) -> Sequence[OpenHold]:
+    """Return at most `limit` open holds placed in [since, until), oldest first."""
+    return [_hold(row) for row in await database.fetch(_OPEN_SINCE, since, until, limit)]
+
+
+async def still_open(database: Database, holds: Sequence[OpenHold]) -> Sequence[OpenHold]:
+    """Return those of these holds that are still open, as they stand."""
+    rows = await database.fetch(_OPEN_OF, [hold.vault_id for hold in holds], [hold.event_id for hold in holds])
+    return [_hold(row) for row in rows]
+
+
+async def ensure_partitions(database: Database, now: datetime) -> list[str]:
+    """Make the monthly partitions of usage_events from this month to MONTHS_AHEAD later; return those made.
+
+    A month's bounds are the least UUIDv7 of its first millisecond and of the next month's.
+    """
+    made: list[str] = []
+    first = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    for _ in range(MONTHS_AHEAD + 1):
+        following = (first + timedelta(days=32)).replace(day=1)
+        name = f"usage_events_{first:%Y_%m}"
+        if not await database.fetch_value(_PARTITION_EXISTS, name):
+            # Names and bounds are made of digits only, and DDL takes no parameters.
+            await database.execute(
+                f"CREATE TABLE IF NOT EXISTS {name} PARTITION OF usage_events"
+                f" FOR VALUES FROM ('{_least_id(first)}') TO ('{_least_id(following)}') WITH (fillfactor = 45)"
+            )
+            made.append(name)
+        first = following
+    return made
+
+
+def _least_id(at: datetime) -> str:
+    digits = f"{int(at.timestamp() * 1000):012x}"
+    return f"{digits[:8]}-{digits[8:]}-0000-0000-000000000000"
+
+
+async def drop_expired_claims(database: Database, now: datetime, limit: int) -> int:
+    """Delete at most `limit` idempotency keys past their retention; return how many."""
+    return int((await database.execute(_DROP_CLAIMS, now, limit)).rpartition(" ")[2])
+
+
+async def drop_old_changes(database: Database, kept: int) -> None:
+    """Delete catalogue changes that every process has seen long since: all but the latest `kept`."""
+    await database.execute(_DROP_CHANGES, kept)
