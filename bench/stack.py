@@ -32,7 +32,7 @@ from bench.machine import (
 )
 from bench.nginx import Nginx, upstream
 from bench.postgres import Postgres, postgres
-from callora.demo import seed_bench
+from bench.seed import seed_bench
 from callora.ledger.money import parse_usdc
 
 ROOT: Final = Path(__file__).resolve().parent.parent

@@ -57,14 +57,15 @@ _LOG_BYTES_MAX: Final = 16 * 1024 * 1024
 
 # The guard stands between us and the server. Its standard input is a pipe that only we hold: when we end, by whatever
 # way, the pipe closes and the watcher asks the server for a fast shutdown. (A signal on the parent's death would fire
-# when the starting thread ends.) It tells us the server's pid first, and ends when the server does, with its status.
+# when the starting thread ends.) It asks again, since a server that is only just starting would ignore the signal.
+# The guard tells us the server's pid first, and ends when the server does, with its status.
 _GUARD: Final = """
 socket=$1; shift
 exec 3<&0
 "$@" </dev/null 3<&- >&2 &
 pid=$!
 echo $pid
-( read _ <&3; kill -INT $pid ) </dev/null >/dev/null 2>&1 &
+( read _ <&3; while kill -INT $pid; do sleep 0.2 || sleep 1; done ) </dev/null >/dev/null 2>&1 &
 watcher=$!
 exec 3<&-
 wait $pid
