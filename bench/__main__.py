@@ -75,7 +75,12 @@ async def run(plan: Plan, sections: list[str], path: Path) -> bool:
     async with standing(tools) as stack:
         machine.versions["postgresql"] = stack.postgres.version
         for section in sections:
-            await SECTIONS[section](stack, plan, progress, results)
+            try:
+                await SECTIONS[section](stack, plan, progress, results)
+            except* BenchError as failed:
+                # The others still have figures, and twenty minutes are not thrown away.
+                results.failures += [f"{section}: {each}" for each in _leaves(failed)]
+                progress.say(f"{section} failed")
     print(render(machine, plan, results))
     save(path, machine, plan, results)
     print(f"written to {path}", file=sys.stderr)

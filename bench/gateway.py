@@ -12,8 +12,7 @@ from typing import Final
 import trio
 
 from callora.config import load_settings
-from callora.http.gateway.addresses import Target
-from callora.http.gateway.admission import Caller, Offer
+from callora.http.gateway.admission import Caller, Offer, Upstream
 from callora.http.gateway.calls import Call, CallFlow
 from callora.ledger.commands import IdempotencyClaim
 from callora.logs import Logs
@@ -28,12 +27,12 @@ class LimitsOnly(CallFlow):
         call: Call,
         caller: Caller,
         offer: Offer,
-        target: Target,
+        upstream: Upstream,
         whole_body: bytes,
         claim: IdempotencyClaim | None,
     ) -> bool:
         """Proxy without holding anything."""
-        return await self.proxy(call, offer, target, whole_body, claim)
+        return await self.proxy(call, offer, upstream, whole_body, claim)
 
 
 class ProxyOnly(CallFlow):
@@ -41,8 +40,9 @@ class ProxyOnly(CallFlow):
 
     async def admit(self, call: Call) -> bool:
         """Proxy whatever resolves to an API."""
-        offer = call.offer = await self._admission.resolve(call.request, self._clock.now())
-        return await self.proxy(call, offer, await self._admission.check_target(offer.api), b"", None)
+        now = trio.current_time()
+        offer = call.offer = await self._admission.resolve(call.request, now, self._clock.now())
+        return await self.proxy(call, offer, await self._admission.upstream(offer.api, now), b"", None)
 
 
 LANES: Final[dict[str, type[CallFlow]]] = {"proxy": ProxyOnly, "limits": LimitsOnly, "paid": CallFlow}

@@ -4,6 +4,7 @@ An active vault has an actor, which is retired when nobody has called for some s
 is over before that. A touched vault was called once within the hour: what its key, limiter and counters leave behind.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -24,9 +25,10 @@ _BACKGROUND_SHARE: Final = 0.25
 _PROBES_PER_SECOND: Final = 500
 _NOISE_BYTES: Final = 2 * 2**20
 """How much two processes with the same work differ in resident memory."""
-_BURST_VAULTS: Final = 5000
+_BURST_VAULTS_MAX: Final = 5000
+_BURST_STEP: Final = 500
 _BURST_SECONDS: Final = 1.0
-"""Well within the time after which an idle vault's actor is retired."""
+"""No step begins later, so that all are over within the 2 s after which an idle vault's actor is retired."""
 
 
 @attrs.frozen
@@ -71,8 +73,7 @@ async def run_memory(stack: Stack, plan: Plan, progress: Progress) -> MemoryFigu
     async with stack.gateway("memory_many", many) as gateway:
         untouched = await _settled_bytes(stack, gateway, keys=first)
         progress.say(f"memory: {untouched / 2**20:.1f} MiB with {plan.memory_vaults} vaults, one of them called")
-        burst = min(_BURST_VAULTS, int(rate * _BURST_SECONDS))
-        await open_loop(gateway.target, rate=_TOUCH_RATE, calls=burst, connections=_CONNECTIONS)
+        burst = await _burst(stack, gateway, many.api_keys[1:])
         active = resident_bytes(gateway.child.pid)
         began = trio.current_time()
         await open_loop(gateway.target, rate=_TOUCH_RATE, calls=plan.memory_vaults, connections=_CONNECTIONS)
@@ -100,6 +101,17 @@ async def _settled_bytes(stack: Stack, gateway: Gateway, keys: Path | None = Non
     wrk = stack.tools["wrk"]
     await run_wrk(wrk, target, connections=_CONNECTIONS, seconds=2, directory=stack.directory)
     return resident_bytes(gateway.child.pid)
+
+
+async def _burst(stack: Stack, gateway: Gateway, api_keys: Sequence[str]) -> int:
+    """Call as many vaults, once each, as can be active at the same time; return how many that were."""
+    began, called = trio.current_time(), 0
+    while called < min(_BURST_VAULTS_MAX, len(api_keys)) and trio.current_time() < began + _BURST_SECONDS:
+        step = write_keys(stack.directory / "burst.keys", api_keys[called : called + _BURST_STEP])
+        target = attrs.evolve(gateway.target, keys=step)
+        await open_loop(target, rate=_TOUCH_RATE, calls=_BURST_STEP, connections=_CONNECTIONS)
+        called += _BURST_STEP
+    return called
 
 
 async def _rate_of(gateway: Gateway, *, calls: int) -> float:

@@ -24,7 +24,8 @@ from bench.machine import BenchError
 
 _READ_BYTES: Final = 65536
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: *([0-9]+)", re.IGNORECASE)
-_DRAIN_SECONDS: Final = 10.0
+_SILENCE_SECONDS: Final = 10.0
+"""Without any answer for so long, the calls that are left are given up."""
 
 
 @attrs.frozen
@@ -64,6 +65,7 @@ class _Generator:
         self._waiting: deque[float] = deque()
         self._busy = 0
         self._sent = 0
+        self._heard_at = 0.0
         self.latencies: list[float] = []
         self.lateness: list[float] = []
         self.unexpected = 0
@@ -77,13 +79,12 @@ class _Generator:
             self._epoll.register(opened.fileno(), select.EPOLLIN)
 
     def run(self, total: int, interval: float) -> None:
-        """Return when every call is answered, or 10 s after the last was due."""
-        start = time.perf_counter() + 0.01
-        deadline = start + total * interval + _DRAIN_SECONDS
+        """Return when every call is answered, or when no answer has come for 10 s."""
+        start = self._heard_at = time.perf_counter() + 0.01
         due_count = 0
         while due_count < total or self._busy or self._waiting:
             now = time.perf_counter()
-            if now > deadline:
+            if now > self._heard_at + _SILENCE_SECONDS:
                 return
             while due_count < total and (due := start + due_count * interval) <= now:
                 due_count += 1
@@ -92,7 +93,7 @@ class _Generator:
                     self._send(self._free.pop(), due)
                 else:
                     self._waiting.append(due)
-            next_due = start + due_count * interval if due_count < total else deadline
+            next_due = start + due_count * interval if due_count < total else now + 1.0
             # epoll rounds up to milliseconds; select on the epoll descriptor waits for microseconds.
             select.select([self._epoll.fileno()], [], [], max(0.0, next_due - time.perf_counter()))
             for fd, _ in self._epoll.poll(0):
@@ -120,8 +121,9 @@ class _Generator:
             raise ConnectionError("an answer without Content-Length cannot be timed")
         if len(received) < head_end + 4 + int(length.group(1)):
             return
+        self._heard_at = time.perf_counter()
         if received[9:12] == self._status:
-            self.latencies.append(time.perf_counter() - connection.due)
+            self.latencies.append(self._heard_at - connection.due)
         else:
             self.unexpected += 1
         self._busy -= 1

@@ -37,10 +37,12 @@ class Results:
     start: StartFigures | None = None
     commit_ms: float | None = None
     """One commit: mean latency of `pgbench -N` by one client."""
+    failures: list[str] = attrs.field(factory=list)
+    """Sections that could not be measured, and why."""
 
     def complaints(self) -> list[str]:
-        """Return why figures are missing: failed ledger checks and lanes that refused calls."""
-        found = [
+        """Return why figures are missing: failed sections and ledger checks, lanes that refused calls."""
+        found = self.failures + [
             f"({lane.letter}) at {lane.connections}: {complaint}"
             for lane in self.lanes or []
             for complaint in lane.complaints

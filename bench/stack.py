@@ -70,7 +70,7 @@ class Tenant:
 
 @attrs.frozen
 class Gateway:
-    """A running `callora serve`."""
+    """A running gateway: `callora serve`, or one of `bench.gateway`."""
 
     child: Child
     port: int
@@ -123,12 +123,12 @@ class Stack:
         cores: Sequence[int] = (GATEWAY_CORE,),
         wait: bool = True,
     ) -> AsyncIterator[Gateway]:
-        """Run `callora serve` on a tenant's database; with `wait`, the block begins once it is ready."""
+        """Run a gateway on a tenant's database; with `wait`, the block begins once it is ready."""
         port = free_port()
         env = {**_settings(tenant.dsn), "PORT": str(port)}
-        if lane != "paid":
-            env["CALLORA_BENCH_LANE"] = lane
-        argv = [sys.executable, "-m", "callora", "serve", *(["--workers", str(workers)] if workers > 1 else [])]
+        # What is sold is measured as it is sold; the shorter flows exist only here.
+        command = ["callora", "serve", "--workers", str(workers)] if lane == "paid" else ["bench.gateway", lane]
+        argv = [sys.executable, "-m", *command]
         async with running(argv, cores=cores, log=self.directory / f"{name}.log", env=env, cwd=ROOT) as child:
             if wait:
                 await until_ready(child, port, "/readyz")

@@ -39,7 +39,9 @@ async def run_start(stack: Stack, plan: Plan, progress: Progress) -> StartFigure
                     try:
                         status, _ = await fetch(gateway.port, tenant.path, headers)
                     except (OSError, http.client.HTTPException):
-                        await trio.sleep(0.002)  # not listening yet
+                        status = 0  # not listening yet
+                    if status != 200:
+                        await trio.sleep(0.002)
             if status != 200:
                 raise BenchError(f"no paid call after a start:\n{gateway.child.tail()}")
             seconds = trio.current_time() - began

@@ -22,7 +22,7 @@ from rich.table import Table
 from callora.config import ConfigurationInvalid, Settings, load_settings
 from callora.ledger.faults import CalloraFault
 from callora.logs import Logs
-from callora.service import Context, Serving, SystemClock, serve
+from callora.service import Context, Ledger, Serving, SystemClock, serve
 
 DATA_DIR: Final = Path(".callora")
 LOOPBACK: Final = "127.0.0.1/32"
@@ -193,15 +193,22 @@ def dev(data_dir: Path, port: int | None, as_json: bool) -> None:
 
 
 async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: trio.Event, *, as_json: bool) -> int:
-    from callora.demo import dev_credentials, ensure_demo
+    from callora.demo import Demo, dev_credentials, ensure_demo
     from callora.demo_upstream import serve_demo_upstream
 
     credentials = dev_credentials(data_dir)
     async with trio.open_nursery() as nursery:
         upstream_url = await nursery.start(serve_demo_upstream)
+        demo: Demo
+
+        async def prepare(ledger: Ledger) -> None:
+            # Before calls are taken: the upstream is elsewhere since the last start, and calls to where it was would
+            # open its breaker.
+            nonlocal demo
+            demo = await ensure_demo(context, ledger, credentials, upstream_url)
 
         async def show(serving: Serving) -> None:
-            demo = await ensure_demo(context, serving.ledger, credentials, upstream_url)
+            await trio.lowlevel.checkpoint()
             facts = {
                 "url": serving.url,
                 "pid": os.getpid(),
@@ -222,7 +229,7 @@ async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: trio.Eve
             }
             click.echo(json.dumps(facts) if as_json else _welcome(serving.url, credentials.consumer_api_key))
 
-        code = await serve(context, dsn, stop, on_ready=show)
+        code = await serve(context, dsn, stop, prepare=prepare, on_ready=show)
         nursery.cancel_scope.cancel()
     return code
 

@@ -82,6 +82,22 @@ class Family(Generic[M]):
         return child
 
 
+class Tally:
+    """A counter on the hot path: one addition a count, carried over to its metric by `Metrics.flush`."""
+
+    __slots__ = ("_counter", "value")
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self.value = 0
+
+    def flush(self) -> None:
+        """Carry over what was counted since the last flush."""
+        if self.value:
+            value, self.value = self.value, 0
+            self._counter.inc(value)
+
+
 class _WithoutCreated(Collector):
     """A registry without its `_created` samples: they double the scrape and say what a reset already shows."""
 
@@ -101,6 +117,7 @@ class Metrics:
         self.registry: Final = CollectorRegistry(auto_describe=True)
         self._described: list[Described] = []
         self._exported = _WithoutCreated(self.registry)
+        self._tallies: dict[int, Tally] = {}
 
         # HTTP, on both transports
         http = ("method", "route", "status_code", "route_group")
@@ -208,6 +225,8 @@ class Metrics:
             "callora_hold_oldest_seconds", "seconds", "The age of the oldest open hold; its bound: HOLD_TTL_SECONDS."
         )
 
+        self.charged = self._tally_of(self.charged_stroops)
+        """The tally of charged_stroops."""
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -216,6 +235,21 @@ class Metrics:
     def described(self) -> tuple[Described, ...]:
         """Callora's own families, in the order of docs/metrics.md; those of the process and of Python come besides."""
         return tuple(self._described)
+
+    def tally(self, family: Family[Counter], *values: str) -> Tally:
+        """Return the tally of a family's child, always the same one."""
+        return self._tally_of(family.of(*values))
+
+    def _tally_of(self, counter: Counter) -> Tally:
+        tally = self._tallies.get(id(counter))
+        if tally is None:
+            tally = self._tallies[id(counter)] = Tally(counter)
+        return tally
+
+    def flush(self) -> None:
+        """Carry every tally over to its metric: several times a second, and before a scrape."""
+        for tally in self._tallies.values():
+            tally.flush()
 
     def render(self) -> bytes:
         """Return all series as Prometheus text. Takes milliseconds with many routes: call it in a thread."""

@@ -185,6 +185,7 @@ async def serve(
     *,
     shared_port: bool = False,
     flow_class: type[CallFlow] = CallFlow,
+    prepare: Callable[[Ledger], Awaitable[None]] | None = None,
     on_ready: Callable[[Serving], Awaitable[None]] | None = None,
 ) -> int:
     """Serve until `stop` is set, then drain.
@@ -193,6 +194,7 @@ async def serve(
         dsn: the database; it need not be up.
         shared_port: whether other processes listen on the same port.
         flow_class: the call flow; the benchmark measures shorter ones.
+        prepare: called before any call is taken.
         on_ready: called once calls are taken.
 
     Returns:
@@ -206,6 +208,8 @@ async def serve(
     try:
         budget = Budget(settings.drain_timeout_seconds)
         async with open_ledger(context, dsn, budget) as ledger, trio.open_nursery() as jobs:
+            if prepare is not None:
+                await prepare(ledger)
             parts = await _start_parts(context, ledger, jobs, flow_class, budget)
             async with trio.open_nursery() as serving:
                 await serving.start(partial(parts.serve_rest, budget))

@@ -119,6 +119,23 @@ class Catalogue:
         self._looked_at = float("-inf")
         self._used: set[ApiKeyId] = set()
 
+    def key_now(self, key: bytes, now: float) -> KeyRecord | None:
+        """Return the record of a key that is kept and still trusted; None says nothing: ask `key`.
+
+        Args:
+            now: on Trio's clock.
+        """
+        if now - self._looked_at > STALE_SECONDS:
+            return None
+        record = self._keys.found.get(hash_key(key))
+        if record is not None:
+            self._used.add(record.api_key_id)
+        return record
+
+    def api_now(self, slug_or_id: str, now: float) -> ApiRecord | None:
+        """Return an API that is kept and still trusted; None says nothing: ask `api`."""
+        return self._apis.found.get(slug_or_id) if now - self._looked_at <= STALE_SECONDS else None
+
     async def key(self, key: bytes) -> KeyRecord | None:
         """Return the record of a well-formed key, or None where there is no such key.
 

@@ -57,6 +57,7 @@ class Compensator:
                 if await self._undo(self._pending[0]):
                     self._pending.popleft()
                 else:
+                    self._pending.rotate(-1)  # one vault that keeps failing does not keep the others waiting
                     await trio.sleep(PAUSE_SECONDS)
             self._wake = trio.Event()
             await self._wake.wait()
@@ -66,7 +67,7 @@ class Compensator:
             outcome = await self._registry.ask(
                 call.vault_id, release(call.event_id, call.held_amount, Delivery("undelivered"))
             )
-            if isinstance(outcome, HoldNotOpen) and outcome.state == "captured":
+            if isinstance(outcome, HoldNotOpen) and outcome.state == "captured" and call.amount > 0:
                 refund = Refund(call.event_id, call.amount, f"undelivered:{call.event_id}")
                 outcome = await self._registry.ask(call.vault_id, refund)
         except CalloraFault:

@@ -20,11 +20,14 @@ from callora.ledger.ids import EventId
 from callora.ledger.outcomes import HoldClosed
 from callora.metrics import Metrics
 from callora.store.bridge import Database
-from callora.store.usage import OpenHold, open_holds, still_open
+from callora.store.usage import FIRST, OpenHold, open_holds, still_open
+from callora.store.vaults import ROUND_SECONDS_MAX
 
 LOOK_BACK: Final = timedelta(hours=25)
 """A hold lasts a day at most, so the first sweep after a start looks at everything that may be open."""
 BATCH: Final = 5000
+CONNECT_SECONDS: Final = 10.0
+"""What a round may wait for its connection after its date was taken, and how far the clocks of processes may differ."""
 
 
 class ExpirySweep:
@@ -42,7 +45,7 @@ class ExpirySweep:
         commit_seconds_max: float,
     ) -> None:
         """Args:
-        commit_seconds_max: a row may become visible this long after its created_at.
+        commit_seconds_max: how long a writer waits for its round.
         """
         self._database = database
         self._registry = registry
@@ -50,7 +53,8 @@ class ExpirySweep:
         self._metrics = metrics
         self._log = log
         self._interval_seconds = interval_seconds
-        self._overlap = timedelta(seconds=commit_seconds_max + 2)
+        # A round whose writer gave up on it may still be stored, as long as the server works on it.
+        self._overlap = timedelta(seconds=max(commit_seconds_max, ROUND_SECONDS_MAX) + CONNECT_SECONDS)
         self._seen_until: datetime | None = None
         self._open: dict[EventId, OpenHold] = {}
 
@@ -83,12 +87,13 @@ class ExpirySweep:
 
     async def _look(self, now: datetime) -> None:
         since = now - LOOK_BACK if self._seen_until is None else self._seen_until - self._overlap
+        after = FIRST
         while True:
-            found = await open_holds(self._database, since, now, BATCH)
+            found = await open_holds(self._database, since, now, BATCH, after)
             self._open.update((hold.event_id, hold) for hold in found)
             if len(found) < BATCH:
                 break
-            since = found[-1].created_at
+            since, after = found[-1].created_at, found[-1].event_id
         self._seen_until = now
         # What closed in the meantime is dropped here, so that only holds that are open stay in memory.
         if self._open:
@@ -103,8 +108,10 @@ class ExpirySweep:
                 sent.append(envelope)
         ended = 0
         for envelope in sent:
-            if isinstance(await envelope.reply.wait(), HoldClosed):
-                ended += 1
+            try:
+                ended += isinstance(await envelope.reply.wait(), HoldClosed)
+            except CalloraFault as fault:  # this vault's holds are due again at the next sweep
+                self._log.warning("expiry_failed", error=str(fault))
         if ended:
             self._metrics.expired_holds.inc(ended)
             self._log.info("holds_expired", count=ended)
@@ -122,7 +129,7 @@ async def repeat(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Run a job now and every `interval_seconds`, until cancelled; a fault is logged and the next run makes up for it."""
+    """Run a job now and every `interval_seconds`, until cancelled; the next run makes up for one with a fault."""
     task_status.started()
     while True:
         try:

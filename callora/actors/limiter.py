@@ -34,14 +34,11 @@ class KeyPace:
     user: _User
     running: int = 0
 
-    def pace(self, now: float) -> tuple[str, Pace]:
-        """Return the tighter of the key's and its user's limit, and which it is."""
-        of_key, of_user = self.log.pace(now), self.user.log.pace(now)
-        return ("key", of_key) if of_key.remaining <= of_user.remaining else ("user", of_user)
-
-    def window_seconds(self, which: str) -> float:
-        """Return the window of that limit."""
-        return (self.log if which == "key" else self.user.log).window_seconds
+    def tighter(self) -> tuple[str, SlidingLog]:
+        """Return which of the key's and its user's limits admits fewer calls now, and its log."""
+        if self.log.remaining <= self.user.log.remaining:
+            return "key", self.log
+        return "user", self.user.log
 
 
 class Limiter:

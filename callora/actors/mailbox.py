@@ -7,7 +7,7 @@ import trio
 
 from callora.ledger.commands import Command
 from callora.ledger.faults import OutcomeUnknown
-from callora.ledger.money import Stroops
+from callora.ledger.money import ZERO, Stroops
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class Envelope:
 
     command: Command
     reply: Reply[object] = attrs.field(factory=Reply)
-    available: Stroops = Stroops(0)
+    available: Stroops = ZERO
     """The vault's available balance when this command was decided."""
     losses: int = 0
     """Rounds this command lost to another process."""

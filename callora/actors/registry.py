@@ -1,7 +1,7 @@
 """The vault registry: one actor for each active vault, started when a command comes, retired when idle.
 
-It supervises its actors. A crash drops the actor's cached state, never its mailbox; past the restart intensity the vault
-fails closed for a while. Nothing here decides anything about money.
+It supervises its actors. A crash drops the actor's cached state, never its mailbox; past the restart intensity the
+vault fails closed for a while. Nothing here decides anything about money.
 """
 
 from collections import deque
@@ -103,7 +103,7 @@ class VaultRegistry:
             actor = VaultActor(vault_id, self._store, self._writer, self._policies(vault_id), self._random)
             self._actors[vault_id] = actor
             self._nursery.start_soon(self._supervise, actor, name=f"vault {vault_id}")
-        elif actor.depth >= self._mailbox_commands_max and not isinstance(envelope.command, CloseHold):
+        elif actor.backlog >= self._mailbox_commands_max and not isinstance(envelope.command, CloseHold):
             return Overloaded()
         actor.last_active = trio.current_time()
         actor.send(envelope)
@@ -112,12 +112,16 @@ class VaultRegistry:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Hold the actors' nursery until `close`, then until every actor has ended.
 
-        Cancellation: actors end at once; what was decided is still answered by the writer.
+        Cancellation: actors end at once; what was decided is still answered by the writer, the rest as unknown.
         """
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            nursery.start_soon(self._sweep)
-            task_status.started()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._sweep)
+                task_status.started()
+        finally:
+            self.close()
+            self._nursery = None
 
     def close(self) -> None:
         """Take no commands for vaults without an actor, and let every actor end when its mailbox is empty."""
@@ -147,19 +151,27 @@ class VaultRegistry:
                     del self._records[vault_id]
 
     async def _supervise(self, actor: VaultActor) -> None:
-        while True:
-            try:
-                await actor.run()
-                return
-            except Exception:
-                self._log.exception("vault_actor_crashed", vault_id=actor.vault_id)
-                self._metrics.actor_restarts.inc()
-                actor.abandon()
-                if self._fails_closed(actor.vault_id):
-                    self._actors.pop(actor.vault_id, None)
-                    actor.drop_mailbox()
+        try:
+            while True:
+                try:
+                    await actor.run()
                     return
-                await trio.sleep(0.05 * self._random.random() * len(self._records[actor.vault_id].crashes))
+                except Exception:
+                    self._log.exception("vault_actor_crashed", vault_id=actor.vault_id)
+                    self._metrics.actor_restarts.inc()
+                    actor.abandon()
+                    if self._fails_closed(actor.vault_id):
+                        self._end(actor)
+                        return
+                    await trio.sleep(0.05 * self._random.random() * len(self._records[actor.vault_id].crashes))
+        except BaseException:  # cancelled: nobody else would ever answer what it holds
+            self._end(actor)
+            raise
+
+    def _end(self, actor: VaultActor) -> None:
+        if self._actors.get(actor.vault_id) is actor:
+            del self._actors[actor.vault_id]
+        actor.end()
 
     def _fails_closed(self, vault_id: VaultId) -> bool:
         now = trio.current_time()

@@ -1,4 +1,6 @@
-"""Supervision of long tasks: a crash is logged and the task started again, within an intensity; past it, it is let go."""
+"""Supervision of long tasks: a crash is logged and the task started again, within an intensity; past it, the process
+ends.
+"""
 
 from collections import deque
 from collections.abc import Awaitable, Callable

@@ -6,15 +6,17 @@ the state, and the truth is read again.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from random import Random
+from typing import TypeVar
 
 import trio
 
 from callora.actors.mailbox import Envelope
 from callora.actors.writer import LedgerStore, Stake, Writer
 from callora.ledger.commands import CloseHold, LockedCommand, PlaceHold
-from callora.ledger.faults import CalloraFault
+from callora.ledger.faults import CalloraFault, OutcomeUnknown, StoreConflict, StoreRefused, StoreUnavailable
 from callora.ledger.ids import EventId, VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import (
@@ -35,6 +37,10 @@ LOSSES_BEFORE_LOCK = 2
 CLOSE_RETRY_SECONDS = 5.0
 """A close is tried again after a fault for this long: it is idempotent by its event, and its money waits for it."""
 RETRY_PAUSE_SECONDS = 0.1
+CONFLICT_RETRIES_MAX = 3
+"""A deadlock or serialisation failure rolled everything back, so repeating the command is safe."""
+
+T = TypeVar("T")
 
 Policies = Callable[[VaultId], Sequence[HoldPolicy]]
 """Where plan quotas and spending limits join the decision; a vault with any is guarded by its version."""
@@ -51,7 +57,9 @@ class VaultActor:
     __slots__ = (
         "_again",
         "_claiming",
+        "_closing",
         "_doubted",
+        "_ended",
         "_followers",
         "_hand",
         "_inbox",
@@ -59,6 +67,7 @@ class VaultActor:
         "_policies",
         "_random",
         "_settled_event",
+        "_staked",
         "_stakes",
         "_state",
         "_store",
@@ -90,14 +99,22 @@ class VaultActor:
         self._doubted: deque[Envelope] = deque()
         self._again: deque[Envelope] = deque()
         self._placing: set[EventId] = set()
+        self._closing: set[EventId] = set()
         self._followers: dict[EventId, list[Envelope]] = {}
-        self._claiming: set[str] = set()
+        self._claiming: dict[str, EventId] = {}
+        self._staked = 0
+        self._ended = False
         self._settled_event: trio.Event | None = None
 
     @property
     def idle(self) -> bool:
         """True when nothing is queued, decided or on its way."""
         return not (self.depth or self._stakes or self._again or self._hand or self._doubted)
+
+    @property
+    def backlog(self) -> int:
+        """Commands taken and not answered yet, wherever they wait: in the mailbox, in hand, or for their commit."""
+        return self.depth + self._staked + len(self._hand) + len(self._doubted) + len(self._again)
 
     def send(self, envelope: Envelope) -> None:
         """Queue a command. Never blocks and never refuses; the registry bounds what may be refused."""
@@ -107,7 +124,8 @@ class VaultActor:
     async def run(self) -> None:
         """Carry out commands until the mailbox is closed and empty and every decision is stored.
 
-        Cancellation: commands not yet decided are answered as unknown; decided ones are answered by the writer.
+        Cancellation: the caller ends the actor with `end`: commands not yet decided are answered as unknown, decided
+        ones by the writer.
         """
         while True:
             if not self._again and not self._hand:
@@ -138,8 +156,13 @@ class VaultActor:
             with envelope:
                 pass
 
-    def drop_mailbox(self) -> None:
-        """Answer everything still queued as unknown and take nothing more."""
+    def end(self) -> None:
+        """Answer everything not yet decided as unknown and take nothing more.
+
+        Stakes with the writer are answered when it tells of them; what would be decided again then is unknown.
+        """
+        self._ended = True
+        self.abandon()
         self.outbox.close()
         while self.depth:
             envelope = self._inbox.receive_nowait()
@@ -172,6 +195,7 @@ class VaultActor:
                     self._repeat([envelope])
                 else:
                     envelope.reply.resolve(HoldClosed(command.state, command.amount, envelope.available))
+                self._repeat(self._forget_closing(command))
 
     def lost(self, stake: Stake) -> None:
         """Decide a stake's commands again, on a state read anew."""
@@ -180,6 +204,9 @@ class VaultActor:
         for envelope in stake.envelopes:
             envelope.losses += 1
         self._repeat(stake.envelopes)
+        for envelope in stake.envelopes:
+            if isinstance(envelope.command, CloseHold):
+                self._repeat(self._forget_closing(envelope.command))
 
     def failed(self, stake: Stake, fault: CalloraFault) -> None:
         """Answer holds with the fault; try closes again, looking up first what became of them."""
@@ -188,10 +215,18 @@ class VaultActor:
         for envelope in stake.envelopes:
             if isinstance(envelope.command, PlaceHold):
                 followers = self._forget_placing(envelope.command)
-                envelope.reply.fail(fault)
+                envelope.reply.fail(_told(fault))
                 self._repeat(followers)
-            else:
-                self._retry_or_fail(envelope, fault)
+            elif isinstance(envelope.command, CloseHold):
+                if isinstance(fault, StoreRefused) and len(stake.envelopes) == 1:
+                    envelope.reply.fail(_told(fault))
+                else:
+                    if not isinstance(fault, StoreUnavailable):
+                        # Something in this round cannot be stored, or ended its connection: should it be this one, it
+                        # takes no other command with it again.
+                        envelope.losses = LOSSES_BEFORE_LOCK
+                    self._retry_or_fail(envelope, fault)
+                self._repeat(self._forget_closing(envelope.command))
 
     # The actor's own task.
 
@@ -217,14 +252,19 @@ class VaultActor:
             elif self._state is None and not await self._load():
                 return
             elif not self._decide(envelope, command, final=False):
+                # Its release, should it come now, waits for what becomes of it.
+                self._placing.add(command.event_id)
                 self._doubted.append(envelope)
             self._hand.popleft()
-        if self._doubted and await self._load():
-            while self._doubted:
+        while self._doubted and await self._load():
+            for _ in range(len(self._doubted)):
                 envelope = self._doubted[0]
                 assert isinstance(envelope.command, PlaceHold)
-                self._decide(envelope, envelope.command, final=True)
-                self._doubted.popleft()
+                # What is decided and not stored may come to nothing, and is no reason to refuse.
+                if self._decide(envelope, envelope.command, final=not self._stakes):
+                    self._doubted.popleft()
+                else:
+                    self._doubted.rotate(-1)
 
     async def _load(self) -> bool:
         """Read the vault's state once every decision is stored; answer all who wait for it when that cannot be done."""
@@ -237,6 +277,8 @@ class VaultActor:
         self._state = states.get(self.vault_id)
         if self._state is None:
             for envelope in self._take_waiting():
+                if isinstance(envelope.command, PlaceHold):
+                    self._repeat(self._forget_placing(envelope.command))
                 envelope.reply.resolve(VaultMissing())
             return False
         return True
@@ -254,7 +296,7 @@ class VaultActor:
             else:
                 if isinstance(envelope.command, PlaceHold):
                     self._repeat(self._forget_placing(envelope.command))
-                envelope.reply.fail(fault)
+                envelope.reply.fail(_told(fault))
         if self._again:
             await self._pause()
 
@@ -266,7 +308,9 @@ class VaultActor:
         state = self._state
         assert state is not None
         if isinstance(command, PlaceHold):
-            if command.claim is not None and command.claim.key in self._claiming and envelope.losses == 0:
+            claim = command.claim
+            if claim is not None and self._claiming.get(claim.key, command.event_id) != command.event_id:
+                self._repeat(self._forget_placing(command))
                 envelope.reply.resolve(IdempotencyKeyTaken())
                 return True
             refusal = refuse_hold(state, command, self._policies)
@@ -278,14 +322,16 @@ class VaultActor:
             self._stake(envelope).share.place(command)
             apply_hold(state, command.amount)
             self._placing.add(command.event_id)
-            if command.claim is not None:
-                self._claiming.add(command.claim.key)
-        elif command.event_id in self._placing:
-            # The hold is not stored yet, and a close in its own round would not find it.
+            if claim is not None:
+                self._claiming[claim.key] = command.event_id
+        elif command.event_id in self._placing or command.event_id in self._closing:
+            # The hold is not stored yet, and a close in its own round would not find it; or another close is on its
+            # way, and of two in one round only one would count while both were answered as done.
             self._followers.setdefault(command.event_id, []).append(envelope)
             return True
         else:
             self._stake(envelope).share.close(command)
+            self._closing.add(command.event_id)
             apply_close(state, command.held_amount, command.amount)
         envelope.available = state.available
         return True
@@ -295,6 +341,7 @@ class VaultActor:
         if not self._stakes or self._stakes[-1] is not stake:
             self._stakes.append(stake)
         stake.envelopes.append(envelope)
+        self._staked += 1
         return stake
 
     def _new_share(self) -> Share:
@@ -314,7 +361,7 @@ class VaultActor:
             await self._pause()
             return
         self._state = states.get(self.vault_id)
-        if event is not None and event.state == "held":
+        if event is not None and event.state == "held" and command.state != "expired":
             envelope.look_up = False
             self._again.append(envelope)
         elif event is not None and event.state == command.state and event.amount == command.amount:
@@ -330,6 +377,7 @@ class VaultActor:
         refusals: list[InsufficientFunds | StandingRefused | PolicyRefused] = []
 
         def decide(state: VaultState) -> Share:
+            refusals.clear()  # an attempt before this one may have been rolled back
             share = Share(self.vault_id, state.version, guarded=True)
             if isinstance(command, CloseHold):
                 share.close(command)
@@ -341,7 +389,7 @@ class VaultActor:
             return share
 
         try:
-            share, result = await self._store.commit_locked_round(self.vault_id, decide)
+            share, result = await _past_conflicts(lambda: self._store.commit_locked_round(self.vault_id, decide))
         except CalloraFault as fault:
             self.failed(self._stake_alone(envelope), fault)
             return
@@ -356,6 +404,7 @@ class VaultActor:
         """Return a stake that never went through the writer, so that one way of ending stakes serves both."""
         stake = Stake(self, share or Share(self.vault_id, 0, guarded=True), [envelope])
         self._stakes.append(stake)
+        self._staked += 1
         return stake
 
     async def _carry_out(self, envelope: Envelope, command: LockedCommand) -> None:
@@ -363,9 +412,9 @@ class VaultActor:
         await self._settle()
         self._state = None
         try:
-            outcome = await self._store.commit_locked(self.vault_id, command)
+            outcome = await _past_conflicts(lambda: self._store.commit_locked(self.vault_id, command))
         except CalloraFault as fault:
-            envelope.reply.fail(fault)
+            envelope.reply.fail(_told(fault))
         else:
             envelope.reply.resolve(outcome)
 
@@ -379,6 +428,7 @@ class VaultActor:
     def _end(self, stake: Stake) -> None:
         first = self._stakes.popleft()
         assert first is stake, "stakes end in the order they were taken"
+        self._staked -= len(stake.envelopes)
         if not self._stakes and self._settled_event is not None:
             self._settled_event.set()
 
@@ -392,12 +442,16 @@ class VaultActor:
         self._state = present if present.available >= 0 else None
 
     def _repeat(self, envelopes: Sequence[Envelope]) -> None:
-        if envelopes:
+        if self._ended:
+            for envelope in envelopes:
+                if isinstance(envelope.command, PlaceHold):
+                    self._repeat(self._forget_placing(envelope.command))
+                with envelope:
+                    pass
+        elif envelopes:
             self._again.extend(envelopes)
-            try:
+            with suppress(trio.ClosedResourceError):  # the actor looks at what is to be repeated before it ends
                 self.outbox.send_nowait(None)
-            except trio.ClosedResourceError:
-                pass  # the actor looks at what is to be repeated before it ends
 
     def _retry_or_fail(self, envelope: Envelope, fault: CalloraFault) -> None:
         now = trio.current_time()
@@ -407,13 +461,34 @@ class VaultActor:
             envelope.look_up = True
             self._repeat([envelope])
         else:
-            envelope.reply.fail(fault)
+            # Any one of the attempts may have been stored, whatever the last one came to.
+            envelope.reply.fail(OutcomeUnknown(f"not known after {CLOSE_RETRY_SECONDS} s: {fault}"))
 
     def _forget_placing(self, command: PlaceHold) -> list[Envelope]:
         self._placing.discard(command.event_id)
-        if command.claim is not None:
-            self._claiming.discard(command.claim.key)
+        if command.claim is not None and self._claiming.get(command.claim.key) == command.event_id:
+            del self._claiming[command.claim.key]
+        return self._follow(command.event_id)
+
+    def _forget_closing(self, command: CloseHold) -> list[Envelope]:
+        self._closing.discard(command.event_id)
         return self._follow(command.event_id)
 
     def _follow(self, event_id: EventId) -> list[Envelope]:
         return self._followers.pop(event_id, [])
+
+
+def _told(fault: CalloraFault) -> CalloraFault:
+    """Return what a caller is told: that nothing was written, or that nobody knows."""
+    if isinstance(fault, StoreConflict | StoreRefused):
+        return StoreUnavailable(f"the database refused: {fault}")
+    return fault
+
+
+async def _past_conflicts(attempt: Callable[[], Awaitable[T]]) -> T:
+    for _ in range(CONFLICT_RETRIES_MAX):
+        try:
+            return await attempt()
+        except StoreConflict:
+            continue
+    return await attempt()

@@ -14,7 +14,7 @@ from structlog.typing import FilteringBoundLogger
 
 from callora.actors.mailbox import Envelope
 from callora.ledger.commands import LockedCommand
-from callora.ledger.faults import CalloraFault, OutcomeUnknown, StoreConflict, StoreUnavailable
+from callora.ledger.faults import CalloraFault, OutcomeUnknown, StoreConflict, StoreRefused, StoreUnavailable
 from callora.ledger.ids import EventId, VaultId
 from callora.ledger.outcomes import EventFound
 from callora.ledger.rounds import RoundResult, Share
@@ -70,7 +70,7 @@ class StakeHolder(Protocol):
         """Nothing of the share is stored: another process was faster."""
 
     def failed(self, stake: Stake, fault: CalloraFault) -> None:
-        """The share is not stored (StoreUnavailable) or perhaps stored (OutcomeUnknown)."""
+        """The share is not stored (StoreUnavailable, StoreRefused) or perhaps stored (OutcomeUnknown)."""
 
 
 @attrs.define(slots=True, eq=False)
@@ -153,6 +153,14 @@ class Writer:
             self._metrics.rounds.of("refused").inc()
             await self._store_alone(stakes, fault)
             return
+        except Exception:
+            # A bug, of the store or in what one vault decided. Ending the writer would fail every vault's next round
+            # for it, and a close that is tried again would end the process.
+            self._metrics.rounds.of("OutcomeUnknown").inc()
+            self._log.exception("round_crashed", vaults=len(stakes))
+            for stake in stakes:
+                stake.holder.failed(stake, OutcomeUnknown("the round crashed"))
+            return
         except BaseException:
             for stake in stakes:
                 stake.holder.failed(stake, OutcomeUnknown("the round was interrupted"))
@@ -175,10 +183,17 @@ class Writer:
         """The database refused a whole round: store each stake alone, so that only the guilty one is refused."""
         if len(stakes) == 1:
             self._log.error("share_refused", vault_id=stakes[0].share.vault_id, error=str(fault))
-            stakes[0].holder.failed(stakes[0], StoreUnavailable("the database refused this vault's share"))
+            refused = fault if isinstance(fault, StoreRefused) else StoreUnavailable(f"given up: {fault}")
+            stakes[0].holder.failed(stakes[0], refused)
             return
-        for stake in stakes:
-            await self._store_round([stake], len(stake.envelopes))
+        waiting = deque(stakes)
+        try:
+            while waiting:
+                stake = waiting.popleft()
+                await self._store_round([stake], len(stake.envelopes))
+        finally:
+            for stake in waiting:
+                stake.holder.failed(stake, StoreUnavailable("the ledger writer has stopped"))
 
     def _tell(self, stakes: Sequence[Stake], result: RoundResult) -> None:
         if not (result.lost or result.drifted or result.missed):

@@ -15,6 +15,7 @@ EndpointId = NewType("EndpointId", int)
 
 _POOL_BYTES: Final = 4096
 _ID_BYTES: Final = 10
+_VARIANT: Final = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
 
 
 class Ids:
@@ -23,13 +24,15 @@ class Ids:
     Random bytes are drawn in blocks, because a system call for each id is a third of its cost.
     """
 
-    __slots__ = ("_clock", "_offset", "_pool", "_random_bytes")
+    __slots__ = ("_clock", "_millis", "_offset", "_pool", "_random_bytes", "_stamp")
 
     def __init__(self, clock: Clock, random_bytes: Callable[[int], bytes]) -> None:
         self._clock = clock
         self._random_bytes = random_bytes
         self._pool = ""
         self._offset = 0
+        self._millis = -1
+        self._stamp = ""
 
     def uuid7(self) -> str:
         """Return a new id in canonical form; ids made in different milliseconds sort by time."""
@@ -40,6 +43,8 @@ class Ids:
         self._offset = offset + 2 * _ID_BYTES
         noise = self._pool[offset : offset + 2 * _ID_BYTES]
         millis = int(self._clock.now().timestamp() * 1000)
-        variant = "89ab"[int(noise[3], 16) & 3]
-        stamp = f"{millis:012x}"
-        return f"{stamp[:8]}-{stamp[8:]}-7{noise[:3]}-{variant}{noise[4:7]}-{noise[8:20]}"
+        if millis != self._millis:
+            digits = f"{millis:012x}"
+            self._millis = millis
+            self._stamp = f"{digits[:8]}-{digits[8:]}-7"
+        return f"{self._stamp}{noise[:3]}-{_VARIANT[noise[3]]}{noise[4:7]}-{noise[8:]}"

@@ -40,9 +40,16 @@ class SlidingLog:
 
     def pace(self, now: float) -> Pace:
         """Return where the log stands; call after `refuse` at the same `now`."""
-        times = self._times
-        reset = max(0.0, times[0] + self.window_seconds - now) if times else 0.0
-        return Pace(self.limit, max(0, self.limit - len(times)), reset)
+        return Pace(self.limit, self.remaining, self.reset_seconds(now))
+
+    @property
+    def remaining(self) -> int:
+        """Calls that would be admitted, as of the last question."""
+        return max(0, self.limit - len(self._times))
+
+    def reset_seconds(self, now: float) -> float:
+        """Return how long until the oldest call leaves the window; 0 when the log is empty."""
+        return max(0.0, self._times[0] + self.window_seconds - now) if self._times else 0.0
 
     def is_empty(self, now: float) -> bool:
         """Tell whether nothing is left in the window, so that the log can be forgotten."""

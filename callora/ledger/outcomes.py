@@ -86,10 +86,10 @@ class IdempotencyKeyTaken:
 
 @attrs.frozen(slots=True)
 class HoldNotOpen:
-    """The hold cannot be closed as asked: it is closed otherwise already, or was never placed."""
+    """The hold cannot be closed as asked: it is closed otherwise already, was never placed, or is not due to expire."""
 
     state: CloseState | None
-    """How it was closed; None when no such hold exists."""
+    """How it was closed; None when no such hold exists, or when it was to expire before its time."""
 
 
 @attrs.frozen(slots=True)

@@ -17,6 +17,8 @@ from callora.ledger.ids import ApiId, DeveloperId, EndpointId
 from callora.ledger.money import Stroops
 
 _DOT_SEGMENT: Final = re.compile(rb"(?:^|[/\\])\.{1,2}(?:[/\\;]|$)")
+_KNOWN_MAX: Final = 4096
+"""Paths whose match is remembered, for each API."""
 _SLASHES: Final = re.compile(rb"[/\\]+")
 
 
@@ -112,14 +114,11 @@ def _compile(endpoint: Endpoint) -> _Pattern:
 class EndpointTable:
     """The endpoints of one API, ready to be matched."""
 
-    __slots__ = ("_exact", "_patterns")
+    __slots__ = ("_known", "_patterns")
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self._patterns = sorted((_compile(endpoint) for endpoint in endpoints), key=lambda pattern: pattern.rank)
-        self._exact: dict[tuple[str, bytes], Endpoint] = {}
-        for pattern in self._patterns:
-            if not pattern.open_ended and None not in pattern.literals and pattern.endpoint.method != "*":
-                self._exact[pattern.endpoint.method, pattern.endpoint.path.encode()] = pattern.endpoint
+        self._known: dict[tuple[str, bytes], Endpoint] = {}
 
     def match(self, method: str, path: bytes) -> Endpoint | None:
         """Return the endpoint that a request is charged as, or None.
@@ -130,10 +129,15 @@ class EndpointTable:
         Raises:
             AmbiguousPath: the path has dot segments, or its decoded form would be charged otherwise.
         """
-        exact = self._exact.get((method, path))
-        if exact is not None:
-            return exact
-        path = path or b"/"
+        known = self._known.get((method, path))
+        if known is not None:
+            return known
+        endpoint = self._match(method, path or b"/")
+        if endpoint is not None and len(self._known) < _KNOWN_MAX:
+            self._known[method, path] = endpoint
+        return endpoint
+
+    def _match(self, method: str, path: bytes) -> Endpoint | None:
         plain = unquote_to_bytes(path) if b"%" in path else path
         if b"." in plain and _DOT_SEGMENT.search(plain) is not None:
             raise AmbiguousPath("The path must not contain dot segments; send the path that they lead to.")

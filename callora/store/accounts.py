@@ -13,7 +13,9 @@ from callora.ledger.ids import ApiId, DeveloperId, UserId, VaultId
 from callora.ledger.money import Stroops
 from callora.store.bridge import Database
 
-_ADD_USER: Final = "INSERT INTO users (user_id, name, created_at) VALUES ($1, $2, $3)"
+_ADD_USER: Final = """
+INSERT INTO users (user_id, name, created_at) VALUES ($1, $2, $3) ON CONFLICT (user_id) DO NOTHING
+"""
 
 _FIND_USER: Final = "SELECT user_id FROM users WHERE name = $1 ORDER BY created_at, user_id LIMIT 1"
 
@@ -25,7 +27,8 @@ ON CONFLICT (user_id, network) DO NOTHING
 _FIND_VAULT: Final = "SELECT vault_id FROM vaults WHERE user_id = $1 AND network = $2"
 
 _ADD_DEVELOPER: Final = """
-INSERT INTO developers (developer_id, user_id, name, created_at) VALUES ($1, $2, $3, $4) ON CONFLICT (user_id) DO NOTHING
+INSERT INTO developers (developer_id, user_id, name, created_at) VALUES ($1, $2, $3, $4)
+ON CONFLICT (user_id) DO NOTHING
 """
 
 _FIND_DEVELOPER: Final = "SELECT developer_id FROM developers WHERE user_id = $1"

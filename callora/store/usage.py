@@ -12,10 +12,12 @@ from callora.store.bridge import Database, Row
 
 MONTHS_AHEAD: Final = 3
 
+FIRST: Final = EventId("00000000-0000-0000-0000-000000000000")
+
 _OPEN_SINCE: Final = """
 SELECT vault_id, event_id, held_amount, created_at, expires_at FROM usage_events
-WHERE created_at >= $1 AND created_at < $2 AND state = 'held'
-ORDER BY created_at LIMIT $3
+WHERE created_at >= $1 AND created_at < $2 AND state = 'held' AND (created_at > $1 OR event_id > $4)
+ORDER BY created_at, event_id LIMIT $3
 """
 
 _OPEN_OF: Final = """
@@ -59,9 +61,16 @@ def _hold(row: Row) -> OpenHold:
     )
 
 
-async def open_holds(database: Database, since: datetime, until: datetime, limit: int) -> Sequence[OpenHold]:
-    """Return at most `limit` open holds placed in [since, until), oldest first."""
-    return [_hold(row) for row in await database.fetch(_OPEN_SINCE, since, until, limit)]
+async def open_holds(
+    database: Database, since: datetime, until: datetime, limit: int, after: EventId = FIRST
+) -> Sequence[OpenHold]:
+    """Return at most `limit` open holds placed in [since, until), oldest first.
+
+    Args:
+        after: of the holds placed at `since` only those with a greater id: all holds of a round have one date, and may
+            be more than `limit`.
+    """
+    return [_hold(row) for row in await database.fetch(_OPEN_SINCE, since, until, limit, after)]
 
 
 async def still_open(database: Database, holds: Sequence[OpenHold]) -> Sequence[OpenHold]:

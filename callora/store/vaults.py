@@ -2,7 +2,8 @@
 
 The round is one statement, one round trip and one fsync for every vault in it. Invariants it keeps whatever its caller
 believed: a hold is placed only where `available` covers the vault's whole share and its standing is active; a close
-counts only if it ended an open hold in this very statement; the balance moves by what the statement's own rows say.
+counts only if it ended an open hold in this very statement, and an expiry only if it is due; the balance moves by what
+the statement's own rows say.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +37,15 @@ from callora.ledger.rounds import CLEAN, UNGUARDED, RoundResult, Share
 from callora.ledger.vault import Standing, VaultState
 from callora.store.bridge import Connection, Database, Line, Row
 
+ROUND_SECONDS_MAX: Final = 15
+"""The server ends a round that takes longer, so that one whose writer gave up on it is not stored at any later time."""
+
 LINE_SETTINGS: Final[Mapping[str, str]] = {
-    # The plan is made once and kept: one made for the arrays of a first, tiny round on empty tables would not stay good.
+    # The plan is made once and kept: one made for the arrays of a first round on empty tables would not stay good.
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
     "jit": "off",
+    "statement_timeout": f"{ROUND_SECONDS_MAX}s",
 }
 
 _LOCKED_AND_CLOSED: Final = """
@@ -48,7 +53,8 @@ WITH wanted AS (
     SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[]) AS w (vault_id, need, guard, decided)
 ), locked AS MATERIALIZED (
     SELECT v.vault_id, v.available, v.held, v.version, v.standing, w.decided,
-           v.available >= w.need AND (w.need = 0 OR v.standing = 'active') AND (w.guard < 0 OR v.version = w.guard) AS won
+           v.available >= w.need AND (w.need < 0 OR v.standing = 'active')
+               AND (w.guard < 0 OR v.version = w.guard) AS won
     FROM wanted w JOIN vaults v ON v.vault_id = w.vault_id
     ORDER BY v.vault_id
     FOR UPDATE OF v
@@ -62,15 +68,18 @@ WITH wanted AS (
          AS c (vault_id, event_id, state, amount, status, latency_us, request_bytes, response_bytes, outcome)
     JOIN locked l ON l.vault_id = c.vault_id AND l.won
     WHERE u.vault_id = c.vault_id AND u.event_id = c.event_id AND u.state = 'held'
+          AND (c.state <> 'expired' OR u.expires_at <= $5)
     RETURNING u.vault_id, u.event_id, u.held_amount, coalesce(u.amount, 0) AS amount
 )"""
 
 _CLAIMED: Final = """, claimed AS (
     INSERT INTO idempotency_keys AS k (vault_id, key, fingerprint, event_id, replaces, state, created_at, expires_at)
-    SELECT i.vault_id, i.key, i.fingerprint, i.event_id, i.replaces, 'started', $5, $5 + i.retention * interval '1 second'
+    SELECT DISTINCT ON (i.vault_id, i.key) i.vault_id, i.key, i.fingerprint, i.event_id, i.replaces, 'started', $5,
+           $5 + i.retention * interval '1 second'
     FROM unnest($24::uuid[], $25::text[], $26::bytea[], $27::uuid[], $28::uuid[], $29::int[])
          AS i (vault_id, key, fingerprint, event_id, replaces, retention)
     JOIN locked l ON l.vault_id = i.vault_id AND l.won
+    ORDER BY i.vault_id, i.key, i.event_id
     ON CONFLICT (vault_id, key) DO UPDATE
         SET fingerprint = excluded.fingerprint, event_id = excluded.event_id, replaces = excluded.replaces,
             state = 'started', status = NULL, head = NULL, body = NULL, charge = NULL,
@@ -100,6 +109,9 @@ _PLACED_AND_MOVED: Final = """, placed AS (
     RETURNING vault_id, event_id, held_amount
 ), change AS (
     SELECT vault_id, sum(available)::bigint AS available, sum(held)::bigint AS held FROM (
+        -- Every share that won, were it for nothing: what is decided ahead of it counts on its version.
+        SELECT vault_id, 0::bigint AS available, 0::bigint AS held FROM locked WHERE won
+        UNION ALL
         SELECT vault_id, held_amount - amount AS available, -held_amount AS held FROM closed
         UNION ALL
         SELECT vault_id, -held_amount, held_amount FROM placed
@@ -176,8 +188,12 @@ SELECT held_amount FROM extended
 """
 
 _SET_STANDING: Final = """
-UPDATE vaults SET standing = $2::text::standing, version = version + 1 WHERE vault_id = $1 AND standing <> $2::text::standing
+UPDATE vaults SET standing = $2::text::standing, version = version + 1
+WHERE vault_id = $1 AND standing <> $2::text::standing
 """
+
+_NO_HOLDS: Final = -1
+"""What a share without holds needs: nothing, not even an active vault."""
 
 Columns = tuple[object, ...]
 
@@ -234,7 +250,7 @@ class VaultStore:
         Raises:
             StoreUnavailable: nothing was written.
             OutcomeUnknown: the statement was sent and no answer came.
-            ConstraintRefused, Conflict: the database refused the whole round; nothing was written.
+            StoreRefused, StoreConflict: the database refused the whole round; nothing was written.
 
         Cancellation: a round once sent is waited for, at most `commit_seconds_max`.
         """
@@ -316,7 +332,7 @@ class VaultStore:
             event = await connection.fetch_row(_EVENT, vault_id, event_id)
             captured = event["amount"] if event is not None else 0
             refundable = Stroops(captured - await connection.fetch_value(_REFUNDED, vault_id, event_id))
-            if amount > refundable:
+            if amount > refundable or amount <= 0:
                 return RefundRefused(refundable)
         return await self._book(connection, row, "refund", amount, ref, event_id)
 
@@ -345,7 +361,7 @@ def _round_arguments(
     charged = [hold.charged for _, hold in holds]
     return (
         [share.vault_id for share in shares],
-        [share.need for share in shares],
+        [share.need if share.holds else _NO_HOLDS for share in shares],
         [share.decided_version if share.guarded else UNGUARDED for share in shares],
         [share.decided_version for share in shares],
         now,

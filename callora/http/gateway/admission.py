@@ -29,7 +29,9 @@ CALL_PREFIX: Final = b"/v1/call/"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _IDEMPOTENCY_KEY: Final = re.compile(rb"[\x21-\x7e]{1,255}")
 _DRAIN_RETRY_SECONDS: Final = 5
-_TARGETS_MAX: Final = 20_000
+_UPSTREAMS_MAX: Final = 20_000
+_CHECKED_SECONDS: Final = 5.0
+"""How long an upstream's check is remembered here; the resolver remembers, and the connection is pinned, by itself."""
 
 
 class Refused(Exception):
@@ -74,6 +76,19 @@ class Offer:
     """The path below the API, as sent."""
 
 
+@attrs.frozen(slots=True, eq=False)
+class Upstream:
+    """Where an API's calls go."""
+
+    target: Target
+    authority: bytes
+    """Its Host header."""
+    base_path: bytes
+    """What every call's path is appended to."""
+    good_until: float
+    """On Trio's clock, when the target is checked again."""
+
+
 class Admission:
     """Answers whether a call may go on."""
 
@@ -94,13 +109,19 @@ class Admission:
         self._breaker_settings = breaker_settings
         self._trusted_proxies = trusted_proxies
         self._clock = clock
-        self._lookups = metrics.api_key_lookups
+        self._found, self._missed, self._disabled, self._expired, self._revoked = (
+            metrics.tally(metrics.api_key_lookups, outcome)
+            for outcome in ("hit", "miss", "disabled", "expired", "revoked")
+        )
         self._breakers: dict[ApiId, Breaker] = {}
-        self._targets: dict[str, Target] = {}
+        self._upstreams: dict[str, Upstream] = {}
         self.draining = False
 
-    async def identify(self, request: RequestHead) -> tuple[KeyRecord, bool]:
+    async def identify(self, request: RequestHead, now: float) -> tuple[KeyRecord, bool]:
         """Return the caller's key and whether it came in Authorization; checks its form, that it lives, nothing else.
+
+        Args:
+            now: on Trio's clock, here and below.
 
         Raises:
             Refused: SERVICE_UNAVAILABLE, UNAUTHORIZED, API_KEY_DISABLED, API_KEY_EXPIRED or API_KEY_REVOKED.
@@ -115,24 +136,24 @@ class Admission:
         text, in_authorization = _presented_key(request)
         if not is_well_formed(text):
             raise Refused("UNAUTHORIZED", "The API key does not have the form of a key, or is mistyped")
-        key = await self._catalogue.key(text)
+        key = self._catalogue.key_now(text, now) or await self._catalogue.key(text)
         if key is None:
-            self._lookups.of("miss").inc()
+            self._missed.value += 1
             raise Refused("UNAUTHORIZED", "The API key is not known")
         if key.disabled:
-            self._lookups.of("disabled").inc()
+            self._disabled.value += 1
             raise Refused("API_KEY_DISABLED")
         if key.expires_at is not None and key.expires_at <= self._clock.now():
-            self._lookups.of("expired").inc()
+            self._expired.value += 1
             raise Refused("API_KEY_EXPIRED")
         if key.revoked_at is not None:
-            self._lookups.of("revoked").inc()
+            self._revoked.value += 1
             raise Refused("API_KEY_REVOKED")
-        self._lookups.of("hit").inc()
+        self._found.value += 1
         return key, in_authorization
 
-    async def resolve(self, request: RequestHead, now: datetime) -> Offer:
-        """Return what is called.
+    async def resolve(self, request: RequestHead, now: float, at: datetime) -> Offer:
+        """Return what is called, at its price of the instant `at`.
 
         Raises:
             Refused: NOT_FOUND, or BAD_REQUEST for a path that could be charged two ways.
@@ -140,7 +161,9 @@ class Admission:
         """
         name, slash, below = request.path.removeprefix(CALL_PREFIX).partition(b"/")
         text = name.decode("ascii")
-        api = await self._catalogue.api(text) if _NAME.fullmatch(text) is not None else None
+        api = self._catalogue.api_now(text, now)
+        if api is None and _NAME.fullmatch(text) is not None:
+            api = await self._catalogue.api(text)
         if api is None or not api.active:
             raise Refused("NOT_FOUND", "No such API")
         path = slash + below
@@ -148,7 +171,7 @@ class Admission:
             endpoint = api.endpoints.match(request.method, path)
         except AmbiguousPath as error:
             raise Refused("BAD_REQUEST", str(error)) from error
-        price = endpoint.price_at(now) if endpoint is not None else None
+        price = endpoint.price_at(at) if endpoint is not None else None
         if endpoint is None or price is None:
             raise Refused("NOT_FOUND", "The API offers no such endpoint")
         return Offer(api, endpoint, price, path)
@@ -233,25 +256,29 @@ class Admission:
         """Return every breaker that has been asked, for the metrics."""
         return self._breakers
 
-    async def check_target(self, api: ApiRecord) -> Target:
-        """Return where the API's upstream is, resolved and allowed.
+    async def upstream(self, api: ApiRecord, now: float) -> Upstream:
+        """Return where the API's upstream is, resolved and allowed a moment ago; connecting checks again.
 
         Raises:
             Refused: UPSTREAM_TARGET_BLOCKED or BAD_GATEWAY; no socket was opened.
         """
-        target = self._targets.get(api.base_url)
+        upstream = self._upstreams.get(api.base_url)
+        if upstream is not None and now < upstream.good_until:
+            return upstream
         try:
-            if target is None:
-                if len(self._targets) >= _TARGETS_MAX:
-                    self._targets.clear()
-                target = self._targets[api.base_url] = parse_base_url(api.base_url)
+            target = upstream.target if upstream is not None else parse_base_url(api.base_url)
             if self._resolver.known(target) is None:
                 await self._resolver.resolve(target)
         except (TargetBlocked, ValueError) as error:
             raise Refused("UPSTREAM_TARGET_BLOCKED") from error
         except TargetUnresolved as error:
             raise Refused("BAD_GATEWAY") from error
-        return target
+        if len(self._upstreams) >= _UPSTREAMS_MAX:
+            self._upstreams.clear()
+        upstream = self._upstreams[api.base_url] = Upstream(
+            target, target.authority.encode("ascii"), target.base_path.encode("ascii"), now + _CHECKED_SECONDS
+        )
+        return upstream
 
     def _client_address(self, request: RequestHead, peer: str) -> object:
         text = peer

@@ -17,8 +17,8 @@ from callora.actors.breaker import Ticket
 from callora.actors.compensation import Compensator, Undelivered
 from callora.actors.mailbox import Envelope
 from callora.actors.registry import VaultRegistry
-from callora.http.gateway.addresses import Target, TargetBlocked, TargetUnresolved
-from callora.http.gateway.admission import Admission, Caller, Offer, Refused
+from callora.http.gateway.addresses import TargetBlocked, TargetUnresolved
+from callora.http.gateway.admission import Admission, Caller, Offer, Refused, Upstream
 from callora.http.gateway.bodies import BadBody
 from callora.http.gateway.client import ClientConnection, ClientGone, ClientTooSlow, RequestBody
 from callora.http.gateway.exchange import AnswerCut, Exchange, UpstreamFailed, UpstreamTimedOut
@@ -53,7 +53,7 @@ from callora.ledger.outcomes import (
     StandingRefused,
     VaultMissing,
 )
-from callora.metrics import Metrics
+from callora.metrics import Metrics, Tally
 from callora.store.reads import Claim, Reads
 
 ROUTE: Final = "/v1/call/{api}"
@@ -63,6 +63,24 @@ _STORE_RETRY_SECONDS: Final = 1
 _REQUEST_ID_CHARS_MAX: Final = 128
 _CLIENT_CLOSED: Final = 499
 """Counted, never sent: the client left before its answer."""
+
+OUTCOMES: Final = (
+    "delivered",
+    "upstream_status",
+    "client_gone",
+    "timeout",
+    "upstream_failed",
+    "connect_failed",
+    "upstream_busy",
+    "target_blocked",
+    "bad_request_body",
+    "hold_interrupted",
+    "hold_expired",
+    "capture_unknown",
+    "cut_at_deadline",
+    "internal_error",
+)
+"""What can become of a call that was held: recorded on its usage event and counted."""
 
 HoldState = Literal["none", "asked", "open", "capturing", "closed"]
 
@@ -139,6 +157,8 @@ class CallFlow:
         self._ids = ids
         self._metrics = metrics
         self._log = log
+        self._outcomes = {outcome: metrics.tally(metrics.calls, outcome) for outcome in OUTCOMES}
+        self._counted: dict[tuple[str, int], Tally] = {}
         self.running = 0
 
     async def serve(self, client: ClientConnection, request: RequestHead) -> bool:
@@ -180,14 +200,14 @@ class CallFlow:
 
     async def admit(self, call: Call) -> bool:
         request, client, admission = call.request, call.client, self._admission
-        key, in_authorization = await admission.identify(request)
-        offer = call.offer = await admission.resolve(request, self._clock.now())
+        now = trio.current_time()
+        key, in_authorization = await admission.identify(request, now)
+        offer = call.offer = await admission.resolve(request, now, self._clock.now())
         admission.authorize(key, offer, request, client.peer)
         pace = admission.enter(key)
-        caller = Caller(key, pace, in_authorization)
+        caller = call.caller = Caller(key, pace, in_authorization)
         try:
-            admission.take_pace(key, pace, trio.current_time())
-            call.caller = caller
+            admission.take_pace(key, pace, now)
             idempotency_key = admission.idempotency_key(request)
             whole_body, claim = b"", None
             if idempotency_key is not None:
@@ -200,10 +220,10 @@ class CallFlow:
                         return await self._repeat(call, stored, fingerprint)
                     replaces = stored.event_id
                 claim = IdempotencyClaim(idempotency_key, fingerprint, replaces, self._settings.claim_retention_seconds)
-            ticket = call.ticket = admission.admit_upstream(offer.api.api_id, trio.current_time())
+            ticket = call.ticket = admission.admit_upstream(offer.api.api_id, now)
             try:
-                target = await admission.check_target(offer.api)
-                return await self.hold(call, caller, offer, target, whole_body, claim)
+                upstream = await admission.upstream(offer.api, now)
+                return await self.hold(call, caller, offer, upstream, whole_body, claim)
             finally:
                 ticket.end(None, trio.current_time())
         finally:
@@ -256,7 +276,7 @@ class CallFlow:
         call: Call,
         caller: Caller,
         offer: Offer,
-        target: Target,
+        upstream: Upstream,
         whole_body: bytes,
         claim: IdempotencyClaim | None,
     ) -> bool:
@@ -280,12 +300,12 @@ class CallFlow:
             call.state = "open"
             call.balance = outcome.available
             call.outcome = "cut_at_deadline"
-            return await self.proxy(call, offer, target, whole_body, claim)
+            return await self.proxy(call, offer, upstream, whole_body, claim)
         finally:
             if call.state in ("asked", "open"):
                 self._release(call, None)
             if call.state != "none":
-                self._metrics.calls.of(call.outcome).inc()
+                self._outcomes[call.outcome].value += 1
 
     async def _hold_refused(self, caller: Caller, outcome: object, claim: IdempotencyClaim | None) -> Refused:
         match outcome:
@@ -325,30 +345,31 @@ class CallFlow:
     # The upstream.
 
     async def proxy(
-        self, call: Call, offer: Offer, target: Target, whole_body: bytes, claim: IdempotencyClaim | None
+        self, call: Call, offer: Offer, upstream: Upstream, whole_body: bytes, claim: IdempotencyClaim | None
     ) -> bool:
         """Pass the request on and its answer back; a call that is held is settled in between."""
         settings = self._settings
         exchange = Exchange(call.client, call.request, call.body, settings.idle_seconds)
         head = upstream_head(
             call.request,
-            path=target.base_path.encode("ascii") + offer.path or b"/",
-            authority=target.authority.encode("ascii"),
+            path=upstream.base_path + offer.path or b"/",
+            authority=upstream.authority,
             request_id=call.request_id.encode("ascii"),
             configured=offer.api.upstream_headers,
             key_in_authorization=call.caller is not None and call.caller.key_in_authorization,
         )
-        pool = self._upstreams.pool(target)
+        pool = self._upstreams.pool(upstream.target)
         call.upstream_started = time.perf_counter()
         try:
             await exchange.send(pool, head, whole_body, settings.connect_seconds, settings.answer_seconds)
 
+            if not exchange.streams_request:
+                return await self._answer(call, exchange, claim)
+
             async def answer() -> bool:
                 return await self._answer(call, exchange, claim)
 
-            if exchange.streams_request:
-                return await exchange.while_sending(answer, settings.answer_seconds, lambda: self._keep_hold(call))
-            return await answer()
+            return await exchange.while_sending(answer, settings.answer_seconds, lambda: self._keep_hold(call))
         except (ConnectFailed, TargetUnresolved) as error:
             call.outcome = "connect_failed"
             raise self._upstream_refusal(call, "BAD_GATEWAY", error) from error
@@ -457,7 +478,7 @@ class CallFlow:
             call.state = "closed"
             call.charge = outcome.amount
             call.balance = outcome.available
-            self._metrics.charged_stroops.inc(outcome.amount)
+            self._metrics.charged.value += outcome.amount
             return
         assert isinstance(outcome, HoldNotOpen)
         call.state = "closed"
@@ -512,28 +533,30 @@ class CallFlow:
 
     def _own_lines(self, call: Call) -> bytes:
         """Return the header lines that every answer to a call carries."""
-        lines = f"X-Request-Id: {call.request_id}\r\n"
-        if call.caller is not None:
-            which, pace = call.caller.pace.pace(trio.current_time())
-            seconds = math.ceil(pace.reset_seconds)
-            window = call.caller.pace.window_seconds(which)
-            lines += (
-                f"X-RateLimit-Limit: {pace.limit}\r\nX-RateLimit-Remaining: {pace.remaining}\r\n"
-                f"X-RateLimit-Reset: {math.ceil(self._clock.now().timestamp()) + seconds}\r\n"
-                f'RateLimit-Policy: "{which}";q={pace.limit};w={window:.0f}\r\n'
-                f'RateLimit: "{which}";r={pace.remaining};t={seconds}\r\n'
-            )
-            lines += f"X-Callora-Charge: {format_usdc(call.charge)}\r\n"
-            if call.balance is not None:
-                lines += f"X-Callora-Balance: {format_usdc(call.balance)}\r\n"
-        own_seconds = time.perf_counter() - call.started - call.upstream_seconds
-        return f"{lines}Server-Timing: callora;dur={own_seconds * 1000:.2f}\r\n".encode("ascii")
+        own_ms = (time.perf_counter() - call.started - call.upstream_seconds) * 1000
+        if call.caller is None:
+            return f"X-Request-Id: {call.request_id}\r\nServer-Timing: callora;dur={own_ms:.2f}\r\n".encode("ascii")
+        which, log = call.caller.pace.tighter()
+        limit, remaining = log.limit, log.remaining
+        seconds = math.ceil(log.reset_seconds(trio.current_time()))
+        balance = "" if call.balance is None else f"X-Callora-Balance: {format_usdc(call.balance)}\r\n"
+        return (
+            f"X-Request-Id: {call.request_id}\r\nX-RateLimit-Limit: {limit}\r\nX-RateLimit-Remaining: {remaining}\r\n"
+            f"X-RateLimit-Reset: {math.ceil(self._clock.now().timestamp()) + seconds}\r\n"
+            f'RateLimit-Policy: "{which}";q={limit};w={log.window_seconds:.0f}\r\n'
+            f'RateLimit: "{which}";r={remaining};t={seconds}\r\n'
+            f"X-Callora-Charge: {format_usdc(call.charge)}\r\n{balance}Server-Timing: callora;dur={own_ms:.2f}\r\n"
+        ).encode("ascii")
 
     def _latency_us(self, call: Call) -> int:
         return min(int((time.perf_counter() - call.started) * 1_000_000), 2**31 - 1)
 
     def _count(self, request: RequestHead, status: int) -> None:
-        self._metrics.http_requests.of(request.method, ROUTE, str(status), "gateway").inc()
+        counted = self._counted.get((request.method, status))
+        if counted is None:
+            counted = self._metrics.tally(self._metrics.http_requests, request.method, ROUTE, str(status), "gateway")
+            self._counted[request.method, status] = counted
+        counted.value += 1
 
     def _profile(self, call: Call, outcome: str, status: int) -> None:
         if self._settings.profile_upstreams:

@@ -16,6 +16,8 @@ DISCARD_BYTES_MAX: Final = 65_536
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 FOREVER: Final = float("inf")
+NO_BODY: Final[BodyReader] = LengthReader(0)
+"""The reader of every request without a body: done from the start, never fed."""
 
 Waiting = Literal["client", "upstream"]
 
@@ -39,15 +41,30 @@ class TimeLimits:
         self.body_seconds = body_seconds
 
 
+class Ticker:
+    """Trio's clock, read a few times a second: good enough for time limits of seconds, and free to look at."""
+
+    __slots__ = ("now", "step_seconds")
+
+    def __init__(self, step_seconds: float) -> None:
+        self.step_seconds = step_seconds
+        self.now = 0.0
+
+    def tick(self) -> float:
+        """Read the clock; whoever owns the ticker does so every `step_seconds`."""
+        self.now = trio.current_time()
+        return self.now
+
+
 class ClientConnection:
     """One accepted connection. The listener's sweeper and watcher touch only `expire` and `hung_up`."""
 
     __slots__ = (
         "_limits",
+        "_ticker",
         "buffer",
         "deadline",
         "gone",
-        "in_request",
         "peer",
         "timed_out",
         "upstream",
@@ -55,7 +72,8 @@ class ClientConnection:
         "wire",
     )
 
-    def __init__(self, wire: Wire, peer: str, limits: TimeLimits) -> None:
+    def __init__(self, wire: Wire, peer: str, limits: TimeLimits, ticker: Ticker) -> None:
+        self._ticker = ticker
         self.wire = wire
         self.peer = peer
         """The address the connection came from."""
@@ -67,7 +85,6 @@ class ClientConnection:
         self.waiting_for: Waiting = "client"
         self.timed_out = False
         self.gone = False
-        self.in_request = False
         self.upstream: UpstreamConnection | None = None
         """The upstream connection of the request in hand."""
 
@@ -92,7 +109,7 @@ class ClientConnection:
     def wait_for(self, side: Waiting, seconds: float) -> None:
         """Start a time limit; it ends with the next one or with `no_limit`."""
         self.waiting_for = side
-        self.deadline = trio.current_time() + seconds
+        self.deadline = self._ticker.now + self._ticker.step_seconds + seconds
 
     def no_limit(self) -> None:
         """End the time limit."""
@@ -178,10 +195,11 @@ class RequestBody:
         """
         self._client = client
         self._limits = client._limits
-        self._reader: BodyReader
-        self._reader = (
-            ChunkedReader(limit_bytes) if head.chunked else LengthReader(head.content_length or 0, limit_bytes)
-        )
+        self._reader: BodyReader = NO_BODY
+        if head.chunked:
+            self._reader = ChunkedReader(limit_bytes)
+        elif head.content_length:
+            self._reader = LengthReader(head.content_length, limit_bytes)
         self._continue_due = head.expect_continue
         self._started = False
         self.received_bytes = 0

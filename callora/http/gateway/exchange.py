@@ -18,7 +18,7 @@ from callora.http.gateway.bodies import (
     encode_chunk,
     encode_last_chunk,
 )
-from callora.http.gateway.client import ClientConnection, ClientGone, RequestBody
+from callora.http.gateway.client import NO_BODY, ClientConnection, ClientGone, RequestBody
 from callora.http.gateway.heads import BadHead, RequestHead, ResponseHead, find_response_head_end, parse_response
 from callora.http.gateway.rewriting import interim_head
 from callora.http.gateway.upstream import Pool, UpstreamConnection
@@ -69,7 +69,7 @@ class Exchange:
         self._body = body
         self._idle_seconds = idle_seconds
         self._connection: UpstreamConnection | None = None
-        self._reader: BodyReader = LengthReader(0)
+        self._reader: BodyReader = NO_BODY
         self._pieces: list[bytes] = []
         self._request_sent = False
         self._sending_fault: Exception | None = None

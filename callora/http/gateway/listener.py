@@ -24,6 +24,7 @@ from callora.http.gateway.client import (
     ClientTooSlow,
     HangupWatch,
     RequestBody,
+    Ticker,
     TimeLimits,
 )
 from callora.http.gateway.exchange import AnswerCut, Exchange, UpstreamFailed, UpstreamTimedOut
@@ -103,6 +104,7 @@ class Listener:
         self._log = log
         self._clients: set[ClientConnection] = set()
         self._watch = HangupWatch()
+        self._ticker = Ticker(SWEEP_SECONDS)
         self._draining = False
         self.ended = trio.Event()
         """Set when a drain has served the last request in hand."""
@@ -117,6 +119,7 @@ class Listener:
         """
         try:
             async with trio.open_nursery() as nursery:
+                self._ticker.tick()
                 await nursery.start(self._watch.run)
                 nursery.start_soon(self._sweep)
                 for listener in listeners:
@@ -177,7 +180,7 @@ class Listener:
     async def _serve(self, sock: socket.socket, peer: str) -> None:
         wire: PlainWire | TlsWire
         wire = PlainWire(sock) if self._tls is None else TlsWire(sock, self._tls, None)
-        client = ClientConnection(wire, peer, self._limits)
+        client = ClientConnection(wire, peer, self._limits, self._ticker)
         self._clients.add(client)
         self._watch.add(client)
         try:
@@ -299,10 +302,11 @@ class Listener:
         """One look at every connection's time limit, instead of a timer for every operation."""
         while True:
             await trio.sleep(SWEEP_SECONDS)
-            now = trio.current_time()
+            now = self._ticker.tick()
             for client in tuple(self._clients):
                 if client.deadline <= now:
                     client.expire()
             self._rest.close_idle(now - REST_SECONDS / 2)
+            self._metrics.flush()
             self._metrics.connections.set(len(self._clients))
             self._metrics.inflight_calls.set(self._flow.running)
