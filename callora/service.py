@@ -57,10 +57,11 @@ UPSTREAM_IDLE_SECONDS: Final = 300.0
 """How long an upstream may be silent inside an answer's body: longer than any heartbeat of an event stream."""
 SETTLE_SECONDS: Final = 1.0
 """After the drain's deadline: what cut calls left behind is stored."""
-LAST_RESORT_SECONDS: Final = 3.0
+LAST_RESORT_SECONDS: Final = 1.7
 """After the drain's deadline: the process is ended whatever it is doing."""
 MAINTENANCE_SECONDS: Final = 3600.0
 SUMS_SECONDS: Final = 15.0
+DRIFT_SECONDS: Final = 300.0
 MIGRATIONS_SECONDS: Final = 5.0
 CHANGES_KEPT: Final = 100_000
 CLAIMS_BATCH: Final = 10_000
@@ -205,6 +206,8 @@ async def serve(
     """
     settings, log = context.settings, context.logs.logger("service")
     listener_socket = open_listener(settings.host, settings.port, shared=shared_port)
+    last_resort = threading.Timer(settings.drain_timeout_seconds + LAST_RESORT_SECONDS, os._exit, (1,))
+    last_resort.daemon = True
     try:
         budget = Budget(settings.drain_timeout_seconds)
         async with open_ledger(context, dsn, budget) as ledger, trio.open_nursery() as jobs:
@@ -221,17 +224,18 @@ async def serve(
                 if on_ready is not None:
                     await on_ready(Serving(url, ledger, context))
                 await stop.wait()
+                last_resort.start()
                 await _drain(parts, budget, serving, log)
             jobs.cancel_scope.cancel()
         log.info("stopped", clean=not budget.exceeded)
         return 1 if budget.exceeded else 0
     finally:
+        last_resort.cancel()
         listener_socket.close()
 
 
 async def _drain(parts: "_Parts", budget: Budget, serving: trio.Nursery, log: FilteringBoundLogger) -> None:
     budget.start()
-    _last_resort(parts.context.settings.drain_timeout_seconds + LAST_RESORT_SECONDS)
     log.info("draining", calls=parts.listener.busy)
     parts.context.metrics.draining.set(1)
     parts.admission.draining = True
@@ -242,13 +246,6 @@ async def _drain(parts: "_Parts", budget: Budget, serving: trio.Nursery, log: Fi
         budget.exceeded = True
         log.warning("drain_deadline", calls_cut=parts.listener.busy)
     serving.cancel_scope.cancel()
-
-
-def _last_resort(seconds: float) -> None:
-    """End the process from outside the event loop, should it still be there then."""
-    timer = threading.Timer(seconds, os._exit, (1,))
-    timer.daemon = True
-    timer.start()
 
 
 @attrs.frozen
@@ -391,6 +388,7 @@ async def _start_parts(
                 logs.logger("jobs"),
             ),
         ),
+        ("drift", partial(repeat, "drift", housekeeping.read_drift, DRIFT_SECONDS, logs.logger("jobs"))),
         ("sums", partial(repeat, "sums", housekeeping.read_sums, SUMS_SECONDS, logs.logger("jobs"))),
     ):
         await jobs.start(supervisor.run, name, task)
@@ -464,6 +462,14 @@ class _Housekeeping:
         """Forget idempotency keys past their retention."""
         while await usage.drop_expired_claims(self._database, self._context.clock.now(), CLAIMS_BATCH) == CLAIMS_BATCH:
             pass
+
+    async def read_drift(self) -> None:
+        """Add up the whole ledger: balances, entries and captures."""
+        drift, captured = await self._reads.ledger_sums()
+        self._context.metrics.ledger_drift_stroops.set(drift)
+        self._context.metrics.unsettled_stroops.set(captured)
+        if drift:
+            self._context.logs.logger("jobs").error("ledger_drift", stroops=drift)
 
     async def read_sums(self) -> None:
         """Read Σ available and Σ held."""

@@ -57,6 +57,10 @@ class _Cache(Generic[V]):
         self._absent.clear()
         self._drops += 1
 
+    def clear(self) -> None:
+        self.found.clear()
+        self.drop([])
+
     async def load(self, key: str | bytes, read: Callable[[], Awaitable[V | None]]) -> V | None:
         absent_at = self._absent.get(key)
         if absent_at is not None and trio.current_time() - absent_at < UNKNOWN_SECONDS:
@@ -170,10 +174,15 @@ class Catalogue:
             StoreUnavailable: nothing was looked at.
         """
         began = trio.current_time()
-        if self._version < 0:
-            self._version = await self._reads.catalogue_version()
-        elif await self._reads.catalogue_version() != self._version:
-            for change in await self._reads.catalogue_changes(self._version):
+        version = await self._reads.catalogue_version()
+        if version != self._version:
+            changes = await self._reads.catalogue_changes(self._version) if self._version >= 0 else ()
+            if not changes or changes[0].version != self._version + 1:
+                # The first look, or one after changes that are no longer told: what is kept may be older than them.
+                self._keys.clear()
+                self._apis.clear()
+                self._version = version
+            for change in changes:
                 self._drop(change.kind, change.ref)
                 self._version = change.version
         self._looked_at = max(self._looked_at, began)

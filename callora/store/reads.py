@@ -49,6 +49,15 @@ SELECT coalesce(sum(available), 0)::bigint AS available, coalesce(sum(held), 0):
 """
 
 
+_LEDGER_SUMS: Final = """
+SELECT (b.total - e.total + u.total)::bigint AS drift, (u.total - e.refunded)::bigint AS captured
+FROM (SELECT coalesce(sum(available + held), 0) AS total FROM vaults) AS b,
+     (SELECT coalesce(sum(amount), 0) AS total,
+             coalesce(sum(amount) FILTER (WHERE kind = 'refund'), 0) AS refunded FROM ledger_entries) AS e,
+     (SELECT coalesce(sum(amount), 0) AS total FROM usage_events WHERE state = 'captured') AS u
+"""
+
+
 @attrs.frozen(slots=True)
 class CatalogueChange:
     """One change of what the gateway caches."""
@@ -149,6 +158,12 @@ class Reads:
             expires_at=row["expires_at"],
             event_open=row["event_state"] == "held",
         )
+
+    async def ledger_sums(self) -> tuple[Stroops, Stroops]:
+        """Return what the ledger is off by, which is 0, and what is captured and not refunded. Reads every event."""
+        row = await self._database.fetch_row(_LEDGER_SUMS)
+        assert row is not None
+        return row["drift"], row["captured"]
 
     async def balance_sums(self) -> tuple[Stroops, Stroops]:
         """Return Σ available and Σ held over all vaults."""

@@ -1,5 +1,6 @@
 """A paid call is cancelled at every checkpoint in turn; each time its money ends in one of the ways that are right."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
@@ -10,10 +11,11 @@ import trio
 from callora.http.gateway.calls import CallFlow
 from callora.http.gateway.client import ClientConnection
 from callora.http.gateway.heads import RequestHead
+from callora.ledger.commands import SetStanding
 from tests.proof.books import API, PRICE, assert_audit_clean
-from tests.support.client import ClosedEarly, RawClient, request_bytes
+from tests.support.client import ClosedEarly, RawClient, request_bytes, watchdog
 from tests.support.service import Consumer, RunningService, running_service
-from tests.support.upstream import Exchange, RawUpstream, chunk_bytes, raw_upstream
+from tests.support.upstream import Exchange, chunk_bytes, raw_upstream
 
 
 class Cancelling(CallFlow):
@@ -103,78 +105,79 @@ async def streaming(client: RawClient, consumer: Consumer, number: int) -> None:
 Send = Callable[[RawClient, Consumer, int], Awaitable[None]]
 
 
+ONE_OF_EACH = {"KEY_MAX_CONCURRENCY_PER_KEY": "1", "UPSTREAM_POOL_MAX": "1"}
+"""A slot or a connection that one call does not give back is missed by the next."""
+
+
 @pytest.mark.parametrize("send", [plain, keyed, streaming])
 @pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.proof)])
 async def test_a_call_cancelled_at_any_checkpoint_is_charged_or_not_and_never_both(
     database_url: str, send: Send, rounds: int
 ) -> None:
     ends: Counter[str] = Counter()
-    most = 0
+    number = most = 0
     async with (
         raw_upstream(answer_in_pieces) as upstream,
-        running_service(database_url, flow_class=Cancelling) as service,
+        running_service(database_url, ONE_OF_EACH, flow_class=Cancelling) as service,
     ):
         await service.api(API, upstream.url)
         consumer = await service.consumer("100")
-        number = 0
         for _ in range(rounds):
             cut_at = 0
             while True:
                 cut_at, number = cut_at + 1, number + 1
-                knife, end = await one_call(service, upstream, consumer, send, number, cut_at)
+                knife, end = await one_call(service, consumer, send, number, cut_at)
                 ends[end] += 1
                 if knife.waits < cut_at:
                     break
-            most = max(most, knife.waits)
+            assert end == "delivered: captured", "the last of a round is not cut at all"
+            most = max(most, cut_at - 1)
         await assert_audit_clean(service.database)
         charged = sum(count for end, count in ends.items() if "captured" in end) * PRICE
         assert await service.balance(consumer) == (100 * 10_000_000 - charged, 0)
     assert service.exit_code == 0
     print(f"\n{send.__name__}: {number} calls, cut at each of {most} waits: {dict(ends)}")
-    assert ends["delivered: captured"] >= rounds
     assert sum(count for end, count in ends.items() if end.startswith("cut")) >= 4 * rounds, "hardly a call was cut"
 
 
 async def one_call(
-    service: RunningService, upstream: RawUpstream, consumer: Consumer, send: Send, number: int, cut_at: int
+    service: RunningService, consumer: Consumer, send: Send, number: int, cut_at: int
 ) -> tuple[Knife, str]:
     """Make one call, cut it, and return what became of it and of its money."""
     before = len(await service.events(consumer))
+    running = gateway_tasks()
     Cancelling.knife = knife = Knife(cut_at)
+    delivered = False
     async with RawClient.connect("127.0.0.1", service.port) as client:
-        delivered = False
-        try:
+        with contextlib.suppress(ClosedEarly, trio.BrokenResourceError):
             await send(client, consumer, number)
-            response = await client.read_response("POST")
-            delivered = response.status == 200
-        except (ClosedEarly, trio.BrokenResourceError):
-            pass
-        await knife.ended.wait()
+            delivered = (await client.read_response("POST")).status == 200
+        with watchdog("the call to end"):
+            await knife.ended.wait()
+    with watchdog("the call's tasks to end"):
+        while gateway_tasks() - running:
+            await trio.lowlevel.checkpoint()
+    # A rare command is carried out when all that was decided before it is stored: the hold, then its release.
+    for _ in range(2):
+        await service.ledger.registry.ask(consumer.vault_id, SetStanding("active"))
     await service.until_no_hold(consumer)
-    calls = await settled_events(service, consumer, before)
-    new = calls[before:]
-    assert len(new) <= 1
-    if delivered:
-        assert new == [("captured", "delivered", PRICE, 200)], (cut_at, new)
-    if new and new[0][0] == "captured":
-        assert new[0][1:] == ("delivered", PRICE, 200), (cut_at, new)
-    else:
-        assert not new or new[0][0] == "released", (cut_at, new)
-    await nothing_left_running(service, upstream)
+    new = (await service.events(consumer))[before:]
+    assert len(new) <= 1, (cut_at, new)
     state = new[0][0] if new else "no hold"
+    if delivered or state == "captured":
+        assert new == [("captured", "delivered", PRICE, 200)], (cut_at, new)
+    else:
+        assert state in ("no hold", "released"), (cut_at, new)
     return knife, f"{'delivered' if delivered else 'cut'}: {state}"
 
 
-async def settled_events(
-    service: RunningService, consumer: Consumer, before: int
-) -> list[tuple[str, str | None, int | None, int | None]]:
-    """Return the events once every command of the vault is stored: the balance and the events agree by then."""
-    return await service.events(consumer)
-
-
-async def nothing_left_running(service: RunningService, upstream: RawUpstream) -> None:
-    """Wait until the service has no request in hand and no connection to the upstream is in the middle of one."""
-    metrics = service.context.metrics
-    with trio.fail_after(10):
-        while metrics.inflight_calls._value.get() or metrics.connections._value.get():
-            await trio.sleep(0.01)
+def gateway_tasks() -> Counter[str]:
+    """Return the data plane's tasks by name."""
+    root = trio.lowlevel.current_root_task()
+    found: Counter[str] = Counter()
+    left = [root] if root is not None else []
+    while left:
+        task = left.pop()
+        left += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+        found[task.name] += "callora.http.gateway" in task.name
+    return +found

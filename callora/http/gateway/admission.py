@@ -131,7 +131,7 @@ class Admission:
             raise Refused(
                 "SERVICE_UNAVAILABLE", "The service is restarting", retry_seconds=_DRAIN_RETRY_SECONDS, close=True
             )
-        if request.upgrade and b"h2c" not in (request.first(b"upgrade") or b"").lower():
+        if asks_for_another_protocol(request):
             raise Refused("UPGRADE_NOT_SUPPORTED", close=True)
         text, in_authorization = _presented_key(request)
         if not is_well_formed(text):
@@ -290,6 +290,11 @@ class Admission:
             return ip_address(text)
         except ValueError:
             return None
+
+
+def asks_for_another_protocol(request: RequestHead) -> bool:
+    """Tell whether a request is of no use in HTTP/1.1. An offer of h2c may be ignored: RFC 9110 §7.8."""
+    return request.upgrade and b"h2c" not in (request.first(b"upgrade") or b"").lower()
 
 
 def _presented_key(request: RequestHead) -> tuple[bytes, bool]:

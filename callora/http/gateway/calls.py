@@ -175,7 +175,10 @@ class CallFlow:
             try:
                 body = RequestBody(client, request, self._settings.body_bytes_max)
                 call = Call(client, request, request_id, event_id, body, started)
-                return await self.admit(call)
+                reusable = await self.admit(call)
+                if not reusable and not body.done:
+                    await client.linger()
+                return reusable
             except Refused as error:
                 refused = error
             except BadBody as error:
@@ -340,6 +343,8 @@ class CallFlow:
         envelope = Envelope(release(call.event_id, call.held, delivery, answer))
         self._registry.send(call.caller.key.vault_id, envelope)
         call.state = "closed"
+        if call.balance is not None:
+            call.balance = Stroops(call.balance + call.held)
         return envelope
 
     # The upstream.
@@ -460,7 +465,6 @@ class CallFlow:
             envelope = self._release(call, stored)
             if stored is not None:
                 await envelope.reply.wait()
-            call.balance = Stroops((call.balance or ZERO) + call.held)
             return
         call.outcome = "delivered"
         delivery = Delivery(
@@ -510,14 +514,15 @@ class CallFlow:
         )
         bodiless = request.method == "HEAD"
         try:
-            if reusable and call is not None and not call.body.done:
-                reusable = await call.body.discard()
             head = answer_head(
                 status, b"", _PROBLEM_LINES, length=len(document), chunked=False, own=own, close=not reusable
             )
             await client.send(head if bodiless else head + document)
-            if not reusable and (call is None or not call.body.done):
-                await client.linger()
+            if call is None or not call.body.done:
+                # What is left of the request is read behind the answer: its sender may wait for the answer first.
+                reusable = reusable and call is not None and await call.body.discard()
+                if not reusable:
+                    await client.linger()
         except ClientGone:
             return False
         return reusable

@@ -19,7 +19,8 @@ FOREVER: Final = float("inf")
 NO_BODY: Final[BodyReader] = LengthReader(0)
 """The reader of every request without a body: done from the start, never fed."""
 
-Waiting = Literal["client", "upstream"]
+Waiting = Literal["request", "client", "upstream"]
+"""Bytes of the request, the client's taking of the answer, or the upstream."""
 
 
 class ClientGone(Exception):
@@ -94,7 +95,10 @@ class ClientConnection:
         """Give up whoever is waited for."""
         self.timed_out = True
         self.deadline = FOREVER
-        if self.waiting_for == "client":
+        if self.waiting_for == "request":
+            self.gone = True
+            self.wire.stop_receiving()  # the refusal can still be sent
+        elif self.waiting_for == "client":
             self.gone = True
             self.wire.abort()
         if self.upstream is not None:
@@ -134,7 +138,7 @@ class ClientConnection:
                 return None
             if not buffer:
                 return None
-        self.wait_for("client", self._limits.head_seconds)
+        self.wait_for("request", self._limits.head_seconds)
         while (end := find_head_end(buffer, start)) < 0:
             start = max(0, len(buffer) - 3)
             try:
@@ -269,7 +273,7 @@ class RequestBody:
 
     async def _receive(self) -> bytes:
         client = self._client
-        client.wait_for("client", self._limits.body_seconds)
+        client.wait_for("request", self._limits.body_seconds)
         try:
             data = await client.wire.receive()
         except WireBroken as error:

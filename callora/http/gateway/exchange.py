@@ -100,6 +100,9 @@ class Exchange:
             while more := await self._body.pieces():
                 pieces += more
             whole_body = b"".join(pieces)
+        if self._request.chunked and not self.streams_request:
+            # It was read whole before, and is announced to the upstream as it was announced to us.
+            whole_body = encode_chunk([whole_body]) + encode_last_chunk(self._body.trailers)
         while True:
             connection = pool.take_idle() or await pool.open(connect_seconds)
             self._connection = self._client.upstream = connection
@@ -255,7 +258,10 @@ class Exchange:
         if answer.status == 101:
             raise UpstreamFailed("the upstream switched protocols unasked")
         if answer.status != 100 and self._request.minor == 1:
-            await self._client.send(interim_head(answer))
+            client = self._client
+            side, deadline = client.waiting_for, client.deadline
+            await client.send(interim_head(answer))
+            client.waiting_for, client.deadline = side, deadline  # an interim answer buys no time for the final one
 
     async def _next_pieces(self) -> list[bytes]:
         """Return the next pieces of the answer's body, perhaps none.

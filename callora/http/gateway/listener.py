@@ -14,7 +14,7 @@ from typing import Final
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from callora.http.gateway.admission import CALL_PREFIX, Refused
+from callora.http.gateway.admission import CALL_PREFIX, Refused, asks_for_another_protocol
 from callora.http.gateway.bodies import BadBody
 from callora.http.gateway.calls import CallFlow, clean_request_id
 from callora.http.gateway.client import (
@@ -206,6 +206,7 @@ class Listener:
             await self._answer_malformed(client, error.code, str(error))
             return False
         except ClientTooSlow:
+            await self._answer_malformed(client, "REQUEST_TIMEOUT", "The request's head did not arrive in time")
             return False
         if request is None:
             return False
@@ -239,7 +240,7 @@ class Listener:
         body: RequestBody | None = None
         exchange: Exchange | None = None
         try:
-            if request.upgrade:
+            if asks_for_another_protocol(request):
                 raise Refused("UPGRADE_NOT_SUPPORTED", close=True)
             body = RequestBody(client, request, self._rest_body_bytes_max)
             exchange = Exchange(client, request, body, REST_SECONDS)

@@ -121,7 +121,11 @@ def answer_head(
         close: whether the connection ends with this answer.
     """
     framing = (
-        b"Transfer-Encoding: chunked\r\n" if chunked else b"" if length is None else b"Content-Length: %d\r\n" % length
+        b"Transfer-Encoding: chunked\r\n"
+        if chunked
+        else b""
+        if length is None or status == 204  # which never has a length: RFC 9110 §8.6
+        else b"Content-Length: %d\r\n" % length
     )
     ending = b"Connection: close\r\n\r\n" if close else b"\r\n"
     return b"HTTP/1.1 %d %b\r\n%b%b%b%b" % (status, reason or _REASONS.get(status, b""), lines, framing, own, ending)

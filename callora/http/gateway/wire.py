@@ -91,6 +91,10 @@ class PlainWire:
             return False
         return False
 
+    def stop_receiving(self) -> None:
+        """End the other side's direction now; what we have to say can still be sent."""
+        _shut(self.socket, socket.SHUT_RD)
+
     def abort(self) -> None:
         """End both directions now."""
         _shut(self.socket)
@@ -165,6 +169,10 @@ class TlsWire:
             return False
         return False
 
+    def stop_receiving(self) -> None:
+        """The same as `abort`: TLS cannot go on in one direction."""
+        self.abort()
+
     def abort(self) -> None:
         """End both directions now."""
         _shut(self.socket)
@@ -178,8 +186,8 @@ class TlsWire:
 Wire = PlainWire | TlsWire
 
 
-def _shut(sock: socket.socket) -> None:
+def _shut(sock: socket.socket, direction: int = socket.SHUT_RDWR) -> None:
     try:
-        sock.shutdown(socket.SHUT_RDWR)
+        sock.shutdown(direction)
     except OSError:
         return  # it has ended already
