@@ -22,6 +22,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _PREFIX: Final = "CALLORA_"
+_READ_ELSEWHERE: Final = ("CALLORA_PG_BIN",)
+"""Variables of ours that are no settings of the service: where the embedded PostgreSQL's programs are."""
 _SHOWN_CHARS_MAX: Final = 80
 _JWT_SECRET_BYTES_MIN: Final = 32
 _HOST_NAME: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(?:\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\.?", re.ASCII)
@@ -551,7 +553,7 @@ def _shown(text: str) -> str:
 
 
 def _unknown(environ: Mapping[str, str]) -> Iterator[str]:
-    known = [name for setting in SETTINGS.values() for name in setting.names]
+    known = [*(name for setting in SETTINGS.values() for name in setting.names), *_READ_ELSEWHERE]
     for name in sorted(environ):
         if name.upper().startswith(_PREFIX) and name not in known:
             near = difflib.get_close_matches(name.upper().removeprefix(_PREFIX), known, n=1)

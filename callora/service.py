@@ -12,7 +12,7 @@ import socket
 import ssl
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -55,6 +55,8 @@ KEYED_BODY_BYTES_MAX: Final = 1_048_576
 """The largest request body with an Idempotency-Key: it is held in memory while its intent is looked up."""
 UPSTREAM_IDLE_SECONDS: Final = 300.0
 """How long an upstream may be silent inside an answer's body: longer than any heartbeat of an event stream."""
+REST_KEEP_ALIVE_SECONDS: Final = 120.0
+"""Longer than the listener keeps an idle connection to the REST server."""
 SETTLE_SECONDS: Final = 1.0
 """After the drain's deadline: what cut calls left behind is stored."""
 LAST_RESORT_SECONDS: Final = 1.7
@@ -65,6 +67,9 @@ DRIFT_SECONDS: Final = 300.0
 MIGRATIONS_SECONDS: Final = 5.0
 CHANGES_KEPT: Final = 100_000
 CLAIMS_BATCH: Final = 10_000
+
+
+Task = Callable[[], Awaitable[None]]
 
 
 class SystemClock:
@@ -215,7 +220,7 @@ async def serve(
                 await prepare(ledger)
             parts = await _start_parts(context, ledger, jobs, flow_class, budget)
             async with trio.open_nursery() as serving:
-                await serving.start(partial(parts.serve_rest, budget))
+                await serving.start(parts.rest.run)
                 await serving.start(parts.listener.run, [listener_socket])
                 gc.collect()
                 gc.freeze()
@@ -250,25 +255,20 @@ async def _drain(parts: "_Parts", budget: Budget, serving: trio.Nursery, log: Fi
 
 @attrs.frozen
 class _Parts:
+    """What the service serves with."""
+
     context: Context
     admission: Admission
     listener: Listener
-    serve_rest: Callable[..., Awaitable[None]]
+    rest: "_Rest"
 
 
 async def _start_parts(
     context: Context, ledger: Ledger, jobs: trio.Nursery, flow_class: type[CallFlow], budget: Budget
 ) -> _Parts:
+    """Make the parts, and start those that run beside the calls."""
     settings, metrics, logs = context.settings, context.metrics, context.logs
-    supervisor = Supervisor(metrics, logs.logger("supervisor"), context.random)
     reads = Reads(ledger.database)
-    catalogue = Catalogue(
-        reads,
-        metrics,
-        logs.logger("catalogue"),
-        settings.catalogue_refresh_seconds,
-        lambda used: note_use(ledger.database, used, context.clock.now()),
-    )
     limiter = Limiter(
         user_limit=settings.gateway_rate_limit_max_requests,
         user_window_seconds=settings.gateway_rate_limit_window_seconds,
@@ -276,19 +276,17 @@ async def _start_parts(
         key_window_seconds=settings.rate_limit_window_seconds,
         running_max=settings.key_max_concurrency,
     )
+    catalogue = Catalogue(
+        reads,
+        metrics,
+        logs.logger("catalogue"),
+        settings.catalogue_refresh_seconds,
+        lambda used: note_use(ledger.database, used, context.clock.now()),
+    )
     policy = AddressPolicy(settings.upstream_allowed_hosts, settings.upstream_allowed_networks)
     resolver = Resolver(policy, jobs, deadline_seconds=settings.proxy_connect_timeout_seconds)
     upstreams = Upstreams(resolver, ssl.create_default_context(), settings.upstream_pool_max)
     compensator = Compensator(ledger.registry, logs.logger("compensation"))
-    expiry = ExpirySweep(
-        ledger.database,
-        ledger.registry,
-        context.clock,
-        metrics,
-        logs.logger("expiry"),
-        interval_seconds=settings.hold_sweep_interval_seconds,
-        commit_seconds_max=settings.commit_timeout_seconds,
-    )
     admission = Admission(
         catalogue=catalogue,
         limiter=limiter,
@@ -314,13 +312,11 @@ async def _start_parts(
         metrics=metrics,
         log=logs.logger("gateway"),
     )
-    migrations = _Migrations(ledger.database)
     housekeeping = _Housekeeping(context, ledger.database, reads)
-    rest_directory = tempfile.mkdtemp(prefix="callora-")
-    rest_path = str(Path(rest_directory) / "rest.sock")
+    rest = _Rest(context, ledger, admission, housekeeping, budget)
     listener = Listener(
         flow=flow,
-        rest_path=rest_path,
+        rest_path=rest.path,
         tls=_server_tls(settings),
         limits=TimeLimits(
             head_seconds=settings.client_head_timeout_seconds,
@@ -333,70 +329,75 @@ async def _start_parts(
         metrics=metrics,
         log=logs.logger("listener"),
     )
-
-    def refresh_metrics() -> None:
-        metrics.active_vaults.set(ledger.registry.active)
-        for api_id, breaker in admission.breaker_states().items():
-            metrics.upstream_breaker_state.of(str(api_id)).set(BREAKER_STATES[breaker.state])
-
-    app = create_app(
-        RestDeps(
-            settings=settings,
-            metrics=metrics,
-            logger=logs.logger("rest"),
-            clock=context.clock,
-            new_request_id=context.ids.uuid7,
-            database_check=ledger.database.check,
-            draining=lambda: budget.draining,
-            pending_migrations=lambda: migrations.pending,
-            refresh_metrics=refresh_metrics,
-        )
+    expiry = ExpirySweep(
+        ledger.database,
+        ledger.registry,
+        context.clock,
+        metrics,
+        logs.logger("expiry"),
+        interval_seconds=settings.hold_sweep_interval_seconds,
+        commit_seconds_max=settings.commit_timeout_seconds,
     )
+    supervisor = Supervisor(metrics, logs.logger("supervisor"), context.random)
+    tasks: tuple[tuple[str, Task], ...] = (
+        ("catalogue", catalogue.run),
+        ("limiter", limiter.run),
+        ("upstreams", upstreams.run),
+        ("compensation", compensator.run),
+        ("expiry", expiry.run),
+        *housekeeping.tasks(),
+    )
+    for name, task in tasks:
+        await jobs.start(supervisor.run, name, task)
+    return _Parts(context, admission, listener, rest)
 
-    async def run_rest(budget: Budget, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED) -> None:
+
+class _Rest:
+    """The REST server, on a UNIX socket that only the listener knows."""
+
+    def __init__(
+        self, context: Context, ledger: Ledger, admission: Admission, housekeeping: "_Housekeeping", budget: Budget
+    ) -> None:
+        self._context = context
+        self._ledger = ledger
+        self._admission = admission
+        self._directory = Path(tempfile.mkdtemp(prefix="callora-"))
+        self.path = str(self._directory / "rest.sock")
+        self._app = create_app(
+            RestDeps(
+                settings=context.settings,
+                metrics=context.metrics,
+                logger=context.logs.logger("rest"),
+                clock=context.clock,
+                new_request_id=context.ids.uuid7,
+                database_check=ledger.database.check,
+                draining=lambda: budget.draining,
+                pending_migrations=lambda: housekeeping.migrations_pending,
+                refresh_metrics=self._refresh_metrics,
+            )
+        )
+
+    async def run(self, *, task_status: trio.TaskStatus[list[str]]) -> None:
+        """Serve until cancelled."""
         try:
             await serve_rest(
-                app,
-                binds=[f"unix:{rest_path}"],
-                logger=logs.stdlib_logger("hypercorn"),
+                self._app,
+                binds=[f"unix:{self.path}"],
+                logger=self._context.logs.stdlib_logger("hypercorn"),
                 shutdown=trio.sleep_forever,
                 graceful_timeout_seconds=1.0,
                 keep_alive_seconds=REST_KEEP_ALIVE_SECONDS,
                 task_status=task_status,
             )
         finally:
-            Path(rest_directory).rmdir()
+            self._directory.rmdir()
 
-    for name, task in (
-        ("catalogue", catalogue.run),
-        ("limiter", limiter.run),
-        ("upstreams", upstreams.run),
-        ("compensation", compensator.run),
-        ("expiry", expiry.run),
-        ("migrations", partial(repeat, "migrations", migrations.look, MIGRATIONS_SECONDS, logs.logger("jobs"))),
-        (
-            "maintenance",
-            partial(repeat, "maintenance", housekeeping.maintain, MAINTENANCE_SECONDS, logs.logger("jobs")),
-        ),
-        (
-            "claims",
-            partial(
-                repeat,
-                "claims",
-                housekeeping.drop_claims,
-                settings.idempotency_sweep_interval_seconds,
-                logs.logger("jobs"),
-            ),
-        ),
-        ("drift", partial(repeat, "drift", housekeeping.read_drift, DRIFT_SECONDS, logs.logger("jobs"))),
-        ("sums", partial(repeat, "sums", housekeeping.read_sums, SUMS_SECONDS, logs.logger("jobs"))),
-    ):
-        await jobs.start(supervisor.run, name, task)
-    return _Parts(context, admission, listener, run_rest)
-
-
-REST_KEEP_ALIVE_SECONDS: Final = 120.0
-"""Longer than the listener keeps an idle connection to the REST server."""
+    def _refresh_metrics(self) -> None:
+        metrics = self._context.metrics
+        metrics.flush()
+        metrics.active_vaults.set(self._ledger.registry.active)
+        for api_id, breaker in self._admission.breaker_states().items():
+            metrics.upstream_breaker_state.of(str(api_id)).set(BREAKER_STATES[breaker.state])
 
 
 def _call_settings(settings: Settings) -> CallSettings:
@@ -431,31 +432,38 @@ def _url(settings: Settings, listener: socket.socket) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-class _Migrations:
-    """How many migrations the database lacks; more than none, or unknown, is not ready."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self.pending = 1
-
-    async def look(self) -> None:
-        """Ask the database, until it lacks none."""
-        if self.pending:
-            self.pending = len(await pending(self._database))
-
-
 class _Housekeeping:
     """What keeps tables small and gauges true."""
 
     def __init__(self, context: Context, database: Database, reads: Reads) -> None:
         self._context = context
+        self._log = context.logs.logger("jobs")
         self._database = database
         self._reads = reads
+        self.migrations_pending = 1
+        """Migrations that the database lacks; until it was asked, one."""
+
+    def tasks(self) -> Iterator[tuple[str, Task]]:
+        """Yield the jobs with their names."""
+        claims_seconds = self._context.settings.idempotency_sweep_interval_seconds
+        for name, job, seconds in (
+            ("migrations", self.look_at_migrations, MIGRATIONS_SECONDS),
+            ("maintenance", self.maintain, MAINTENANCE_SECONDS),
+            ("claims", self.drop_claims, claims_seconds),
+            ("drift", self.read_drift, DRIFT_SECONDS),
+            ("sums", self.read_sums, SUMS_SECONDS),
+        ):
+            yield name, partial(repeat, name, job, seconds, self._log)
+
+    async def look_at_migrations(self) -> None:
+        """Ask what the database lacks, until it lacks nothing."""
+        if self.migrations_pending:
+            self.migrations_pending = len(await pending(self._database))
 
     async def maintain(self) -> None:
         """Make the partitions of the months to come and drop what every process has seen."""
         for name in await usage.ensure_partitions(self._database, self._context.clock.now()):
-            self._context.logs.logger("jobs").info("partition_made", name=name)
+            self._log.info("partition_made", name=name)
         await usage.drop_old_changes(self._database, CHANGES_KEPT)
 
     async def drop_claims(self) -> None:
@@ -469,7 +477,7 @@ class _Housekeeping:
         self._context.metrics.ledger_drift_stroops.set(drift)
         self._context.metrics.unsettled_stroops.set(captured)
         if drift:
-            self._context.logs.logger("jobs").error("ledger_drift", stroops=drift)
+            self._log.error("ledger_drift", stroops=drift)
 
     async def read_sums(self) -> None:
         """Read Σ available and Σ held."""

@@ -191,14 +191,20 @@ class Catalogue:
         """Keep looking until cancelled; a database that is away is asked again, and nothing kept is used meanwhile."""
         task_status.started()
         flush_at = trio.current_time() + USE_FLUSH_SECONDS
+        away = False
         while True:
             try:
                 await self.refresh()
+                if away:
+                    away = False
+                    self._log.info("catalogue_refreshed_again")
                 if trio.current_time() >= flush_at:
                     flush_at = trio.current_time() + USE_FLUSH_SECONDS
                     await self._flush_use()
             except CalloraFault as fault:
-                self._log.warning("catalogue_not_refreshed", error=str(fault))
+                if not away:
+                    self._log.warning("catalogue_not_refreshed", error=str(fault))
+                away = True
             self._metrics.catalogue_age_seconds.set(trio.current_time() - self._looked_at)
             await trio.sleep(self._refresh_seconds)
 

@@ -136,7 +136,7 @@ class Withdraw:
 
 @attrs.frozen(slots=True)
 class Refund:
-    """Give back all or part of a captured charge as a new entry; repeated under the same reference it changes nothing."""
+    """Give back all or part of a captured charge as a new entry; repeated under the same reference it does nothing."""
 
     event_id: EventId
     amount: Stroops

@@ -94,7 +94,7 @@ class _Pattern:
     def rank(self) -> tuple[object, ...]:
         """Sorts the most specific first."""
         return (
-            tuple(0 if literal is not None else 1 for literal in self.literals) + (2 if self.open_ended else -1,),
+            (*(0 if literal is not None else 1 for literal in self.literals), 2 if self.open_ended else -1),
             -len(self.literals),
             self.endpoint.method == "*",
         )

@@ -1,11 +1,13 @@
 """A ledger store in memory, and everything that can go wrong between it and the actors.
 
-`Tables` is what PostgreSQL would hold: it keeps the same constraints and tells when it had to use them. `SimulatedStore`
-is one process's connection to it: each commit may be slow, lost, refused, stored without an answer, or stored late.
+`Tables` is what PostgreSQL would hold: it keeps the same constraints and tells when it had to use them.
+`SimulatedStore` is one process's connection to it: each commit may be slow, lost, refused, stored without an answer, or
+stored late.
 """
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Literal, Protocol, TypeVar
 
 import attrs
@@ -241,8 +243,10 @@ class Tables:
                 event = self.events.get(event_id)
                 if amount > row.available:
                     return InsufficientFunds(amount, Stroops(row.available))
-                if event is None or event.state != "held":
-                    return HoldNotOpen(None if event is None else event.state)
+                if event is None:
+                    return HoldNotOpen(None)
+                if event.state != "held":
+                    return HoldNotOpen(event.state)
                 event.held_amount += amount
                 event.expires_at = min(event.expires_at + seconds, event.placed_at + 86_400)
                 row.available -= amount
@@ -350,10 +354,8 @@ class SimulatedStore:
         due = [each for each in self._late if each[0] <= until]
         self._late = [each for each in self._late if each[0] > until]
         for _, store in due:
-            try:
+            with suppress(CalloraFault):  # nobody is there any more to be told
                 store()
-            except CalloraFault:
-                pass  # nobody is there any more to be told
 
     async def _read(self, verb: Verb, answer: Callable[[], T]) -> T:
         fate = self._weather.fate(verb)

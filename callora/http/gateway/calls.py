@@ -126,6 +126,8 @@ class Call:
     charge: Stroops = ZERO
     upstream_started: float = 0.0
     upstream_seconds: float = 0.0
+    final_answer: StoredAnswer | None = None
+    """Our own answer to an idempotent call, to be stored when its hold is released."""
     released: bool = False
     """True once a byte of the answer's head has gone out."""
 
@@ -306,7 +308,7 @@ class CallFlow:
             return await self.proxy(call, offer, upstream, whole_body, claim)
         finally:
             if call.state in ("asked", "open"):
-                self._release(call, None)
+                self._release(call, call.final_answer)
             if call.state != "none":
                 self._outcomes[call.outcome].value += 1
 
@@ -377,7 +379,7 @@ class CallFlow:
             return await exchange.while_sending(answer, settings.answer_seconds, lambda: self._keep_hold(call))
         except (ConnectFailed, TargetUnresolved) as error:
             call.outcome = "connect_failed"
-            raise self._upstream_refusal(call, "BAD_GATEWAY", error) from error
+            raise self._upstream_refusal(call, "BAD_GATEWAY", error, None) from error
         except TargetBlocked as error:
             call.outcome = "target_blocked"
             raise Refused("UPSTREAM_TARGET_BLOCKED") from error
@@ -386,10 +388,10 @@ class CallFlow:
             raise Refused("UPSTREAM_UNAVAILABLE", "The API is busy", retry_seconds=1) from error
         except UpstreamTimedOut as error:
             call.outcome = "timeout"
-            raise self._upstream_refusal(call, "GATEWAY_TIMEOUT", error) from error
+            raise self._upstream_refusal(call, "GATEWAY_TIMEOUT", error, claim) from error
         except UpstreamFailed as error:
             call.outcome = "upstream_failed"
-            raise self._upstream_refusal(call, "BAD_GATEWAY", error) from error
+            raise self._upstream_refusal(call, "BAD_GATEWAY", error, claim) from error
         except BadBody:
             call.outcome = "bad_request_body"
             raise
@@ -401,12 +403,21 @@ class CallFlow:
         finally:
             exchange.drop()
 
-    def _upstream_refusal(self, call: Call, code: str, error: Exception) -> Refused:
+    def _upstream_refusal(self, call: Call, code: str, error: Exception, claim: IdempotencyClaim | None) -> Refused:
+        """Return the refusal of a call whose upstream failed.
+
+        Args:
+            claim: of an idempotent call that the upstream may have seen: the refusal is stored with the release, as a
+                retry must not be sent again.
+        """
         assert call.offer is not None
         if call.ticket is not None:
             call.ticket.end(False, trio.current_time())
         self._profile(call, "timeout" if code == "GATEWAY_TIMEOUT" else "error", 0)
         self._log.info("upstream_failed", request_id=call.request_id, api=call.offer.api.slug, error=repr(error))
+        if claim is not None:
+            document = problem_body(code, None, call.request_id)
+            call.final_answer = StoredAnswer(claim.key, PROBLEMS[code].status, _PROBLEM_LINES, document, ZERO)
         return Refused(code)
 
     async def _keep_hold(self, call: Call) -> None:

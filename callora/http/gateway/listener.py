@@ -118,18 +118,29 @@ class Listener:
         Cancellation: requests in hand end at once, their clients' connections are closed.
         """
         try:
-            async with trio.open_nursery() as nursery:
-                self._ticker.tick()
-                await nursery.start(self._watch.run)
-                nursery.start_soon(self._sweep)
-                for listener in listeners:
-                    nursery.start_soon(self._accept, listener, nursery)
-                task_status.started()
-                await trio.sleep_forever()
+            async with trio.open_nursery() as watching:
+                watch = await watching.start(self._run_watch)
+                try:
+                    async with trio.open_nursery() as nursery:
+                        self._ticker.tick()
+                        nursery.start_soon(self._sweep)
+                        for listener in listeners:
+                            nursery.start_soon(self._accept, listener, nursery)
+                        task_status.started()
+                        await trio.sleep_forever()
+                finally:
+                    watch.cancel()
         finally:
             for listener in listeners:
                 listener.close()
             self._rest.close_idle(FOREVER)
+
+    async def _run_watch(self, *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+        """Run the watch until the scope is cancelled that is reported: it outlives every connection it knows."""
+        with trio.CancelScope(shield=True) as scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._watch.run)
+                task_status.started(scope)
 
     def drain(self) -> None:
         """Serve what is in hand, answer what is new with 503, then end. Connections between requests end last."""
