@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
@@ -23,10 +23,12 @@ from callora.config import ConfigurationInvalid, Settings, load_settings
 from callora.ledger.faults import CalloraFault
 from callora.logs import Logs
 from callora.service import Context, Ledger, Serving, SystemClock, serve
+from callora.store.bridge import StatementRejected
 
 DATA_DIR: Final = Path(".callora")
 LOOPBACK: Final = "127.0.0.1/32"
 _DSN_FILE: Final = "database_url"
+_UNDEFINED_TABLE: Final = "42P01"
 _GC_THRESHOLDS: Final = (50_000, 20, 100)
 """Young objects are collected seldom and old ones hardly ever: calls make no cycles, and a full pass stops them all."""
 
@@ -58,17 +60,30 @@ def _logs(settings: Settings, clock: SystemClock) -> Logs:
 def _run(main: Callable[[], Awaitable[int]]) -> NoReturn:
     try:
         code = trio.run(main)
-    except* (CalloraFault, OSError) as group:
+    except* (CalloraFault, OSError, StatementRejected) as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        _fail(f"callora: {error}", 1)
+        if isinstance(error, StatementRejected) and error.sqlstate != _UNDEFINED_TABLE:
+            raise
+        _fail(f"callora: {_said(error)}", 1)
     sys.exit(code)
 
 
+def _said(error: BaseException) -> str:
+    """Return what to tell of an error; without its number where it is the system's and says all by itself."""
+    if isinstance(error, StatementRejected):
+        return "the database has no schema yet, or an older one: run callora migrate"
+    return error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
+
+
 @asynccontextmanager
-async def _stopping() -> AsyncIterator[trio.Event]:
-    """Yield an event that the first SIGTERM or SIGINT sets; later ones join the drain under way."""
+async def _stopping(*, until_stdin_ends: bool = False) -> AsyncIterator[trio.Event]:
+    """Yield an event that the first SIGTERM or SIGINT sets; later ones join the drain under way.
+
+    Args:
+        until_stdin_ends: whether the end of our standard input, a pipe that our parent holds open, sets it as well.
+    """
     stop = trio.Event()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
@@ -77,7 +92,13 @@ async def _stopping() -> AsyncIterator[trio.Event]:
                 async for _ in signals:
                     stop.set()
 
+            async def outlive() -> None:
+                await trio.lowlevel.wait_readable(sys.stdin.fileno())
+                stop.set()
+
             nursery.start_soon(listen)
+            if until_stdin_ends:
+                nursery.start_soon(outlive)
             yield stop
             nursery.cancel_scope.cancel()
 
@@ -89,22 +110,29 @@ async def _database_url(settings: Settings, data_dir: Path, *, shared: bool) -> 
     Args:
         shared: use the embedded server that another command runs on this directory, where there is one.
     """
-    from callora.store.embedded import running_postgres
+    from callora.store.embedded import EmbeddedBusy, running_postgres
 
     if settings.database_dsn is not None:
         yield settings.database_dsn.get_secret_value()
         return
     note = data_dir / _DSN_FILE
-    if shared and note.exists():
-        yield note.read_text()
-        return
-    click.echo(f"No database is configured: an embedded PostgreSQL keeps its data in {data_dir.absolute()}", err=True)
-    async with running_postgres(data_dir, on_restart=partial(click.echo, err=True)) as dsn:
-        note.write_text(dsn)
+    notice = f"No database is configured: an embedded PostgreSQL keeps its data in {data_dir.absolute()}"
+    if not shared:
+        click.echo(notice, err=True)
+    async with AsyncExitStack() as stack:
+        server = running_postgres(data_dir, on_restart=partial(click.echo, err=True))
         try:
-            yield dsn
-        finally:
-            note.unlink(missing_ok=True)
+            dsn = await stack.enter_async_context(server)
+        except EmbeddedBusy:
+            if not shared or not note.exists():
+                raise
+            dsn = note.read_text()
+        else:
+            note.write_text(dsn)
+            stack.callback(note.unlink, missing_ok=True)
+            if shared:
+                click.echo(notice, err=True)
+        yield dsn
 
 
 async def _migrate(dsn: str, clock: SystemClock) -> list[str]:
@@ -126,8 +154,9 @@ def main() -> None:
 @main.command(name="serve")
 @_data_dir
 @click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes on one port.")
-@click.option("--shared-port", is_flag=True, hidden=True)
-def serve_command(data_dir: Path, workers: int, shared_port: bool) -> None:
+@click.option("--shared-port", is_flag=True, hidden=True, help="Let other processes listen on this port as well.")
+@click.option("--until-stdin-ends", is_flag=True, hidden=True, help="Drain when standard input ends: with the parent.")
+def serve_command(data_dir: Path, workers: int, shared_port: bool, until_stdin_ends: bool) -> None:
     """Serve calls until SIGTERM, then drain: exit code 0 when every accepted call ended, 1 when some had to be cut."""
     settings = _settings(os.environ)
     if workers > 1 and settings.port == 0:
@@ -138,19 +167,37 @@ def serve_command(data_dir: Path, workers: int, shared_port: bool) -> None:
     async def run() -> int:
         with _logs(settings, clock) as logs:
             logs.capture_structlog()
-            async with _database_url(settings, data_dir, shared=False) as dsn:
-                if settings.database_dsn is None:
-                    await _migrate(dsn, clock)
-                if workers > 1:
-                    from callora.workers import run_workers
-
-                    environ = {**os.environ, "DATABASE_URL": dsn}
-                    arguments = ["serve", "--shared-port"]
-                    return await run_workers(workers, arguments, environ, logs.logger("workers"))
-                async with _stopping() as stop:
-                    return await serve(Context.make(settings, logs, clock), dsn, stop, shared_port=shared_port)
+            if workers > 1:
+                return await _serve_by_workers(settings, data_dir, workers, logs)
+            async with (
+                _stopping(until_stdin_ends=until_stdin_ends) as stop,
+                _migrated_database_url(settings, data_dir, clock) as dsn,
+            ):
+                return await serve(Context.make(settings, logs, clock), dsn, stop, shared_port=shared_port)
 
     _run(run)
+
+
+@asynccontextmanager
+async def _migrated_database_url(settings: Settings, data_dir: Path, clock: SystemClock) -> AsyncIterator[str]:
+    """Yield the database's URL; an embedded one is brought up to date first, a configured one is its operator's."""
+    async with _database_url(settings, data_dir, shared=False) as dsn:
+        if settings.database_dsn is None:
+            await _migrate(dsn, clock)
+        yield dsn
+
+
+async def _serve_by_workers(settings: Settings, data_dir: Path, workers: int, logs: Logs) -> int:
+    from callora.http.gateway.listener import open_listener
+    from callora.workers import run_workers
+
+    # Workers share the port with whoever asks for that, so that a port in use has to be noticed before.
+    open_listener(settings.host, settings.port, shared=False).close()
+    async with _migrated_database_url(settings, data_dir, SystemClock()) as dsn:
+        environ = {**os.environ, "DATABASE_URL": dsn}
+        return await run_workers(
+            workers, ["serve", "--shared-port", "--until-stdin-ends"], environ, logs.logger("workers")
+        )
 
 
 @main.command()

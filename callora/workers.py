@@ -4,6 +4,7 @@ Each is a whole service of its own; what keeps money right between them is the d
 """
 
 import signal
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -32,21 +33,21 @@ class _Watch:
     async def keep_one(self) -> None:
         """Keep one worker running until told to stop."""
         while not self.stopping:
-            process = await trio.lowlevel.open_process(self._command, env=dict(self._environ))
+            # A worker drains when its standard input ends, so that none outlives a parent that was killed.
+            process = await trio.lowlevel.open_process(
+                self._command, env=dict(self._environ), stdin=subprocess.PIPE, start_new_session=True
+            )
             self._processes.add(process)
+            if self.stopping:  # told to while the worker was being started
+                process.send_signal(signal.SIGTERM)
             code = await process.wait()
             self._processes.discard(process)
-            if self.stopping or code == 2:
-                self.exit_code = max(self.exit_code, abs(code))
-                self.stop()
+            if self.stopping:
+                self._note_end(code)
                 return
             self._log.error("worker_ended", pid=process.pid, code=code)
-            now = trio.current_time()
-            self._crashes.append(now)
-            while self._crashes[0] < now - RESTARTS_WINDOW_SECONDS:
-                self._crashes.popleft()
-            if len(self._crashes) > RESTARTS_MAX:
-                self.exit_code = 1
+            if code == 2 or self._crash_too_often():
+                self.exit_code = max(self.exit_code, code, 1)
                 self.stop()
                 return
             await trio.sleep(PAUSE_SECONDS)
@@ -56,6 +57,21 @@ class _Watch:
         self.stopping = True
         for process in self._processes:
             process.send_signal(signal.SIGTERM)
+
+    def _note_end(self, code: int) -> None:
+        # One that was still starting when it was told to stop dies of the signal, and had nothing in hand.
+        if code != -signal.SIGTERM:
+            self.exit_code = max(self.exit_code, code if code >= 0 else 1)
+
+    def _crash_too_often(self) -> bool:
+        now = trio.current_time()
+        self._crashes.append(now)
+        while self._crashes[0] < now - RESTARTS_WINDOW_SECONDS:
+            self._crashes.popleft()
+        if len(self._crashes) <= RESTARTS_MAX:
+            return False
+        self._log.error("workers_keep_ending", count=len(self._crashes), within_seconds=RESTARTS_WINDOW_SECONDS)
+        return True
 
 
 async def run_workers(

@@ -114,14 +114,10 @@ class VaultRegistry:
 
         Cancellation: actors end at once; what was decided is still answered by the writer, the rest as unknown.
         """
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                nursery.start_soon(self._sweep)
-                task_status.started()
-        finally:
-            self.close()
-            self._nursery = None
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._sweep_until_closed)
+            task_status.started()
 
     def close(self) -> None:
         """Take no commands for vaults without an actor, and let every actor end when its mailbox is empty."""
@@ -132,6 +128,12 @@ class VaultRegistry:
 
     def _retire(self, vault_id: VaultId) -> None:
         self._actors.pop(vault_id).outbox.close()
+
+    async def _sweep_until_closed(self) -> None:
+        try:
+            await self._sweep()
+        finally:
+            self.close()  # cancelled: the nursery takes no actor any more
 
     async def _sweep(self) -> None:
         """Retire idle actors: a vault nobody calls costs nothing."""

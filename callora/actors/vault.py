@@ -178,19 +178,23 @@ class VaultActor:
         self._end(stake)
         if present is not None and self._state is not None:
             self._resume_from(present)
+        share = stake.share
+        if missed and (
+            any(hold.event_id in missed for hold in share.holds)
+            or any(close.event_id in missed for close in share.closes)
+        ):
+            self._void_decided()
         for envelope in stake.envelopes:
             command = envelope.command
             if isinstance(command, PlaceHold):
                 followers = self._forget_placing(command)
                 if command.event_id in missed:
-                    self._state = None
                     envelope.reply.resolve(IdempotencyKeyTaken())
                 else:
                     envelope.reply.resolve(HoldPlaced(envelope.available))
                 self._repeat(followers)
             elif isinstance(command, CloseHold):
                 if command.event_id in missed:
-                    self._state = None
                     envelope.look_up = True
                     self._repeat([envelope])
                 else:
@@ -202,7 +206,7 @@ class VaultActor:
     def lost(self, stake: Stake) -> None:
         """Decide a stake's commands again, on a state read anew."""
         self._end(stake)
-        self._state = None
+        self._void_decided()
         for envelope in stake.envelopes:
             envelope.losses += 1
         self._repeat(stake.envelopes)
@@ -213,7 +217,7 @@ class VaultActor:
     def failed(self, stake: Stake, fault: CalloraFault) -> None:
         """Answer holds with the fault; try closes again, looking up first what became of them."""
         self._end(stake)
-        self._state = None
+        self._void_decided()
         for envelope in stake.envelopes:
             if isinstance(envelope.command, PlaceHold):
                 followers = self._forget_placing(envelope.command)
@@ -431,6 +435,12 @@ class VaultActor:
             await self._settled_event.wait()
 
     # Small things.
+
+    def _void_decided(self) -> None:
+        """Forget a state that has not come to be, and what is decided on top of it and not sent yet."""
+        self._state = None
+        for stake in self._stakes:
+            stake.share.void()
 
     def _end(self, stake: Stake) -> None:
         first = self._stakes.popleft()

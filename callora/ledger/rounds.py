@@ -1,6 +1,7 @@
 """A round: what many vaults decided, stored by one statement. Pure data, gathered in columns.
 
-A round is all or nothing by vault: a vault whose guard fails has none of its share stored (it *lost*) and decides again.
+A round is all or nothing by vault: a vault whose guard fails has none of its share stored (it *lost*) and decides
+again.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from callora.ledger.ids import EventId, VaultId
 from callora.ledger.vault import VaultState
 
 UNGUARDED: Final = -1
+NO_VERSION: Final = 2**63 - 1
+"""A version that no vault ever has."""
 
 
 @attrs.define(slots=True, eq=False)
@@ -30,6 +33,14 @@ class Share:
     closes: list[CloseHold] = attrs.field(factory=list)
     available_change: int = 0
     held_change: int = 0
+
+    def void(self) -> None:
+        """Let a guarded share lose: what it was decided on has not come to be.
+
+        Its version alone would not tell: another process's round may have made the one that was to be ours.
+        """
+        if self.guarded:
+            self.decided_version = NO_VERSION
 
     def place(self, hold: PlaceHold) -> None:
         """Add a hold."""

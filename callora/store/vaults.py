@@ -109,9 +109,6 @@ _PLACED_AND_MOVED: Final = """, placed AS (
     RETURNING vault_id, event_id, held_amount
 ), change AS (
     SELECT vault_id, sum(available)::bigint AS available, sum(held)::bigint AS held FROM (
-        -- Every share that won, were it for nothing: what is decided ahead of it counts on its version.
-        SELECT vault_id, 0::bigint AS available, 0::bigint AS held FROM locked WHERE won
-        UNION ALL
         SELECT vault_id, held_amount - amount AS available, -held_amount AS held FROM closed
         UNION ALL
         SELECT vault_id, -held_amount, held_amount FROM placed

@@ -159,7 +159,7 @@ class Tables:
         self._check(won)
         for share in won:
             row = self.vaults[share.vault_id]
-            version = row.version
+            version, changed = row.version, False
             # Closes see the rows as they were before the statement; of two for one row any one counts.
             open_before = {close.event_id for close in share.closes if self._closes(close, share.vault_id)}
             missed |= {close.event_id for close in share.closes} - open_before
@@ -167,10 +167,13 @@ class Tables:
                 if close.event_id in open_before:
                     open_before.discard(close.event_id)
                     self._close(row, close)
+                    changed = True
             for hold in share.holds:
-                if not self._place(share.vault_id, row, hold, late=late):
+                if self._place(share.vault_id, row, hold, late=late):
+                    changed = True
+                else:
                     missed.add(hold.event_id)
-            row.version += 1
+            row.version += changed
             self._note(row)
             if version != share.decided_version:
                 drifted.append(self.state(share.vault_id))

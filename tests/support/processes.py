@@ -318,9 +318,18 @@ class Intent:
     """When it may be tried again, on Trio's clock."""
 
     @property
+    def answered(self) -> list[Answer]:
+        """The answers that came whole and that a retry would only repeat: the stored ones, and refusals for good."""
+        return [
+            answer
+            for answer in self.answers
+            if answer.whole and (answer.status in (200, 402) or answer.header("Idempotent-Replayed") == "true")
+        ]
+
+    @property
     def decided(self) -> bool:
-        """True once an answer was final: the upstream's own, or a refusal that a retry would only repeat."""
-        return any(answer.whole and answer.status in (200, 402) for answer in self.answers)
+        """True once an answer was final."""
+        return bool(self.answered)
 
 
 class Load:

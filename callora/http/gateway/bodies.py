@@ -139,6 +139,16 @@ class LengthReader:
         self.leftover = b""
         self.trailers: list[tuple[bytes, bytes]] = []
 
+    @property
+    def remaining(self) -> int:
+        """Bytes that are still to come."""
+        return self._remaining
+
+    def finish(self) -> None:
+        """Note that the rest was moved on without being fed."""
+        self._remaining = 0
+        self.done = True
+
     def feed(self, data: bytes | memoryview) -> list[bytes]:
         """Return the payload in `data`."""
         if self.done:

@@ -23,7 +23,7 @@ from callora.http.gateway.bodies import BadBody
 from callora.http.gateway.client import ClientConnection, ClientGone, ClientTooSlow, RequestBody
 from callora.http.gateway.exchange import AnswerCut, Exchange, UpstreamFailed, UpstreamTimedOut
 from callora.http.gateway.heads import RequestHead
-from callora.http.gateway.rewriting import answer_head, end_to_end_lines, upstream_head
+from callora.http.gateway.rewriting import answer_head, upstream_head
 from callora.http.gateway.upstream import ConnectFailed, PoolExhausted, Upstreams
 from callora.http.problems import PROBLEMS, problem_body
 from callora.ledger.clock import Clock
@@ -225,6 +225,7 @@ class CallFlow:
                         return await self._repeat(call, stored, fingerprint)
                     replaces = stored.event_id
                 claim = IdempotencyClaim(idempotency_key, fingerprint, replaces, self._settings.claim_retention_seconds)
+                now = trio.current_time()  # the body may have taken its time
             ticket = call.ticket = admission.admit_upstream(offer.api.api_id, now)
             try:
                 upstream = await admission.upstream(offer.api, now)
@@ -438,7 +439,7 @@ class CallFlow:
             call.ticket.end(answer.status < 500, trio.current_time())
         if self._settings.profile_upstreams:
             self._profile(call, "success", answer.status)
-        lines = end_to_end_lines(answer)
+        lines = exchange.lines
         if call.state == "open":
             await self._settle(call, exchange, claim, lines)
         close = self._closes(call) or exchange.ends_by_close
@@ -465,12 +466,16 @@ class CallFlow:
         stored: StoredAnswer | None = None
         response_bytes = answer.content_length
         if claim is not None:
-            body = None
+            body = kept = None
             if not (answer.first(b"content-type") or b"").lower().startswith(_EVENT_STREAM):
                 body = await exchange.read_body(self._settings.stored_answer_bytes_max)
             if body is not None:
                 response_bytes = len(body)
-            stored = StoredAnswer(claim.key, answer.status, lines if body is not None else None, body, amount)
+                kept = lines
+                if not body and answer.content_length and answer.status != 204:
+                    # To HEAD, and with 304: the length of a body that is not sent.
+                    kept += b"Content-Length: %d\r\n" % answer.content_length
+            stored = StoredAnswer(claim.key, answer.status, kept, body, amount)
         if not billable:
             call.outcome = "upstream_status"
             envelope = self._release(call, stored)

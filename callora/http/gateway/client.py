@@ -61,11 +61,11 @@ class ClientConnection:
     """One accepted connection. The listener's sweeper and watcher touch only `expire` and `hung_up`."""
 
     __slots__ = (
-        "_limits",
         "_ticker",
         "buffer",
         "deadline",
         "gone",
+        "limits",
         "peer",
         "timed_out",
         "upstream",
@@ -78,7 +78,7 @@ class ClientConnection:
         self.wire = wire
         self.peer = peer
         """The address the connection came from."""
-        self._limits = limits
+        self.limits = limits
         self.buffer = b""
         """What has arrived and belongs to the next message."""
         self.deadline = FOREVER
@@ -131,14 +131,14 @@ class ClientConnection:
         buffer = self.buffer
         start = 0
         if not buffer:
-            self.wait_for("client", self._limits.idle_seconds)
+            self.wait_for("client", self.limits.idle_seconds)
             try:
                 buffer = await self.wire.receive_later()
             except WireBroken:
                 return None
             if not buffer:
                 return None
-        self.wait_for("request", self._limits.head_seconds)
+        self.wait_for("request", self.limits.head_seconds)
         while (end := find_head_end(buffer, start)) < 0:
             start = max(0, len(buffer) - 3)
             try:
@@ -160,7 +160,7 @@ class ClientConnection:
         Raises:
             ClientGone.
         """
-        self.wait_for("client", self._limits.body_seconds)
+        self.wait_for("client", self.limits.body_seconds)
         try:
             await self.wire.send(data)
         except WireBroken as error:
@@ -198,7 +198,7 @@ class RequestBody:
             BodyTooLarge: more was announced.
         """
         self._client = client
-        self._limits = client._limits
+        self._limits = client.limits
         self._reader: BodyReader = NO_BODY
         if head.chunked:
             self._reader = ChunkedReader(limit_bytes)

@@ -5,6 +5,7 @@ and only then is anything of the answer released. Nothing here knows of money.
 """
 
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from typing import Final
 
 import trio
@@ -18,14 +19,29 @@ from callora.http.gateway.bodies import (
     encode_chunk,
     encode_last_chunk,
 )
-from callora.http.gateway.client import NO_BODY, ClientConnection, ClientGone, RequestBody
+from callora.http.gateway.client import NO_BODY, ClientConnection, ClientGone, ClientTooSlow, RequestBody
 from callora.http.gateway.heads import BadHead, RequestHead, ResponseHead, find_response_head_end, parse_response
-from callora.http.gateway.rewriting import interim_head
+from callora.http.gateway.rewriting import end_to_end_lines, interim_head
+from callora.http.gateway.splicing import SPLICE_BYTES_MIN, SourceEnded, splice_body
 from callora.http.gateway.upstream import Pool, UpstreamConnection
-from callora.http.gateway.wire import WireBroken
+from callora.http.gateway.wire import PlainWire, WireBroken
 
 SMALL_BODY_BYTES: Final = 65_536
 """A request body of announced length up to this is read whole and sent together with its head."""
+
+
+REMEMBERED_HEAD_BYTES_MAX: Final = 1024
+
+
+@lru_cache(maxsize=512)
+def _remembered(head: bytes) -> tuple[ResponseHead, bytes]:
+    """Parse an answer's head and what of it goes on; within a second most answers of an upstream begin alike."""
+    answer = parse_response(head)
+    return answer, end_to_end_lines(answer)
+
+
+def _parsed(head: bytes) -> tuple[ResponseHead, bytes]:
+    return _remembered(head) if len(head) <= REMEMBERED_HEAD_BYTES_MAX else _remembered.__wrapped__(head)
 
 
 class UpstreamFailed(Exception):
@@ -54,11 +70,14 @@ class Exchange:
         "_request_sent",
         "_sending_fault",
         "answer",
+        "lines",
         "response_bytes",
     )
 
     answer: ResponseHead
     """The answer's head, once `read_head` has returned."""
+    lines: bytes
+    """Its header lines that go on to the client."""
 
     def __init__(self, client: ClientConnection, request: RequestHead, body: RequestBody, idle_seconds: float) -> None:
         """Args:
@@ -142,11 +161,12 @@ class Exchange:
             buffer += data
             try:
                 while buffer and (end := find_response_head_end(buffer, start)) >= 0:
-                    answer = parse_response(buffer[:end])
+                    answer, lines = _parsed(buffer[:end])
                     buffer = buffer[end:]
                     start = 0
                     if answer.status >= 200:
                         self._client.no_limit()
+                        self.lines = lines
                         self._accept(answer, buffer)
                         return
                     await self._pass_interim(answer)
@@ -186,6 +206,9 @@ class Exchange:
         while not reader.done:
             if block:
                 await client.send(block)
+            if isinstance(reader, LengthReader) and await self._splice(reader):
+                block = b""
+                break
             pieces = await self._next_pieces()
             block = self._framed(pieces, chunked)
         if chunked:
@@ -287,6 +310,23 @@ class Exchange:
         self.response_bytes += sum(map(len, pieces))
         return pieces
 
+    async def _splice(self, reader: LengthReader) -> bool:
+        """Move a long rest of the answer's body inside the kernel, where both sides are plain sockets."""
+        connection, length = self._connection, reader.remaining
+        assert connection is not None
+        source = connection.wire
+        if length < SPLICE_BYTES_MIN or not (
+            isinstance(source, PlainWire) and isinstance(self._client.wire, PlainWire)
+        ):
+            return False
+        try:
+            await splice_body(source, self._client, length, self._idle_seconds)
+        except SourceEnded as error:
+            raise (ClientGone if self._client.gone else AnswerCut) from error
+        self.response_bytes += length
+        reader.finish()
+        return True
+
     def _framed(self, pieces: list[bytes], chunked: bool) -> bytes:
         if chunked:
             return encode_chunk(pieces)
@@ -333,7 +373,7 @@ class Exchange:
         if self._sending_fault is not None:
             return self._sending_fault
         if self._client.gone:
-            return ClientGone()
+            return ClientTooSlow() if self._client.timed_out else ClientGone()
         if self._client.timed_out:
             return UpstreamTimedOut()
         return UpstreamFailed(str(error) if error is not None else "the upstream closed without an answer")

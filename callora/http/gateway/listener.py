@@ -55,10 +55,18 @@ def open_listener(host: str, port: int, *, shared: bool) -> socket.socket:
     Raises:
         OSError: the address is taken or not ours.
     """
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    if family == socket.AF_INET and not host.replace(".", "").isdigit():
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        host = str(address[0])
+    try:
+        if family == socket.AF_INET and not host.replace(".", "").isdigit():
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            host = str(address[0])
+        return _listening(family, host, port, shared=shared)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {where}: {error.strerror}") from error
+
+
+def _listening(family: socket.AddressFamily, host: str, port: int, *, shared: bool) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
