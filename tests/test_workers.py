@@ -111,9 +111,7 @@ async def test_two_processes_never_charge_an_intent_twice(database_url: str, tmp
         assert row is not None
         assert (row["available"], row["held"]) == (parse_usdc("1000") - rounds * PRICE, 0)
         await assert_audit_clean(database)
-    print(
-        f"\n{rounds} intents, eight requests each over two processes: one upstream call and one charge each; {dict(met)}"
-    )
+    print(f"\n{rounds} intents, eight requests each over two processes: called once, charged once; {dict(met)}")
 
 
 def workers_of(process: CalloraProcess) -> list[psutil.Process]:

@@ -225,7 +225,9 @@ class VaultActor:
                 self._repeat(followers)
             elif isinstance(envelope.command, CloseHold):
                 if isinstance(fault, StoreRefused) and len(stake.envelopes) == 1:
-                    envelope.reply.fail(_told(fault))
+                    # An attempt before this one may yet be stored.
+                    first = envelope.give_up_at == 0.0
+                    envelope.reply.fail(_told(fault) if first else OutcomeUnknown(f"refused when repeated: {fault}"))
                 else:
                     if not isinstance(fault, StoreUnavailable):
                         # Something in this round cannot be stored, or ended its connection: should it be this one, it

@@ -20,7 +20,7 @@ class StoreConflict(CalloraFault):
 class StoreRefused(CalloraFault):
     """A constraint or trigger of the database refused what an actor should have refused. Nothing was written."""
 
-    def __init__(self, message: str, constraint: str | None, sqlstate: str) -> None:
+    def __init__(self, message: str, *, constraint: str | None, sqlstate: str) -> None:
         super().__init__(message)
         self.constraint = constraint
         self.sqlstate = sqlstate

@@ -42,7 +42,8 @@ class Ids:
             offset = 0
         self._offset = offset + 2 * _ID_BYTES
         noise = self._pool[offset : offset + 2 * _ID_BYTES]
-        millis = int(self._clock.now().timestamp() * 1000)
+        # Half a microsecond more, as a float of seconds may lie that much below its millisecond.
+        millis = int(self._clock.now().timestamp() * 1000 + 0.0005)
         if millis != self._millis:
             digits = f"{millis:012x}"
             self._millis = millis

@@ -26,7 +26,7 @@ import asyncpg
 import trio
 import trio_asyncio
 
-from callora.ledger.faults import CalloraFault, OutcomeUnknown, StoreUnavailable
+from callora.ledger.faults import OutcomeUnknown, StoreConflict, StoreRefused, StoreUnavailable
 
 Row: TypeAlias = Mapping[str, Any]
 """A row by column name. It is the driver's record: iterating it gives values, so write `row.keys()` or `dict(row)`."""
@@ -40,27 +40,6 @@ EXIT_SECONDS: Final = 5.0
 """How long a shielded exit (ROLLBACK, giving back, closing) may take before the connection is cut."""
 
 _RECEIVE_BYTES: Final = 64 * 1024
-
-
-class Conflict(CalloraFault):
-    """The database refused because of a concurrent change (serialization, deadlock, lock, changed plan).
-
-    Nothing was written: the statement or database transaction was rolled back, and running all of it again is safe.
-    """
-
-
-class ConstraintRefused(CalloraFault):
-    """A constraint or a trigger refused the statement. Nothing was written."""
-
-    constraint: str | None
-    """The constraint's name, where PostgreSQL tells it."""
-    sqlstate: str
-    """Five characters: class 23, P0001 from RAISE, or a code of our own triggers."""
-
-    def __init__(self, message: str, *, constraint: str | None, sqlstate: str) -> None:
-        super().__init__(message)
-        self.constraint = constraint
-        self.sqlstate = sqlstate
 
 
 class StatementRejected(Exception):
@@ -126,9 +105,9 @@ def _translated_answer(error: asyncpg.PostgresError, lost: Fault) -> Exception:
         return lost(text)
     if kind in ("23", "44") or state in ("40002", "P0001") or not _STANDARD_CLASSES.fullmatch(kind):
         name = getattr(error, "constraint_name", None)
-        return ConstraintRefused(text, constraint=name, sqlstate=state)
+        return StoreRefused(text, constraint=name, sqlstate=state)
     if kind == "40" or state == "55P03" or isinstance(error, asyncpg.InvalidCachedStatementError):
-        return Conflict(text)
+        return StoreConflict(text)
     if kind in ("53", "58") or state in ("57014", "25006"):  # out of resources, cancelled by a time-out, read-only
         return StoreUnavailable(text)
     position = getattr(error, "position", None)
@@ -174,7 +153,7 @@ class Connection:
         Raises:
             StoreUnavailable: the connection was lost or the command took too long; nothing was written.
             OutcomeUnknown: the same, outside a transaction, under a statement that writes.
-            ConstraintRefused, Conflict, StatementRejected: the server refused; nothing was written.
+            StoreRefused, StoreConflict, StatementRejected: the server refused; nothing was written.
 
         Cancellation: the server is told to stop. Outside a transaction a write may have been committed before that.
         """
@@ -218,7 +197,7 @@ class Connection:
         with trio.CancelScope(shield=True):
             # A statement that failed inside the block, and was caught there, turns COMMIT into a silent ROLLBACK.
             if await self._control("COMMIT", OutcomeUnknown) != "COMMIT":
-                raise Conflict("COMMIT was answered with a rollback: a statement had failed before it")
+                raise StoreConflict("COMMIT was answered with a rollback: a statement had failed before it")
 
     async def _call(
         self, verb: Callable[..., Awaitable[Any]], sql: str, args: tuple[object, ...], lost: Fault | None = None
@@ -279,7 +258,7 @@ class Database:
             StoreUnavailable: no connection could be had, or it was lost or slow under a statement that only reads;
                 nothing was written.
             OutcomeUnknown: the connection was lost, or the command time-out passed, under a statement that writes.
-            ConstraintRefused, Conflict, StatementRejected: the server refused; nothing was written.
+            StoreRefused, StoreConflict, StatementRejected: the server refused; nothing was written.
 
         Cancellation: the server is told to stop; a write may have been committed before that. No connection leaks.
         """
@@ -337,8 +316,8 @@ class Database:
         Raises:
             StoreUnavailable: the connection could not be had or was lost before COMMIT was sent; nothing was written.
             OutcomeUnknown: COMMIT was sent and no answer came.
-            Conflict: the transaction had failed and PostgreSQL answered COMMIT with a rollback; nothing was written.
-            ConstraintRefused: a deferred constraint refused at COMMIT; nothing was written.
+            StoreConflict: the transaction had failed and COMMIT was answered with a rollback; nothing was written.
+            StoreRefused: a deferred constraint refused at COMMIT; nothing was written.
 
         Cancellation: inside the block it rolls back. BEGIN, COMMIT, ROLLBACK and giving back are shielded, each with a
         deadline, so a cancelled caller never leaves a COMMIT without an answer.
@@ -566,7 +545,7 @@ class Line:
                 `transaction()` also: the connection was lost, and with it the transaction; nothing was written.
             OutcomeUnknown: it was sent, and no answer came before the connection was lost or the deadline passed. The
                 connection is cut; the server may still finish the statement.
-            ConstraintRefused, Conflict: the server refused and rolled the statement back; nothing was written.
+            StoreRefused, StoreConflict: the server refused and rolled the statement back; nothing was written.
             StatementRejected: the statement is wrong; nothing was written.
 
         Cancellation: before sending, nothing was done. Once sent, the statement is shielded until its answer or its
@@ -591,8 +570,8 @@ class Line:
         Raises:
             StoreUnavailable: no connection, or it was lost before COMMIT was sent; nothing was written.
             OutcomeUnknown: COMMIT was sent and no answer came.
-            Conflict: COMMIT was answered with a rollback; nothing was written.
-            ConstraintRefused: a deferred constraint refused at COMMIT; nothing was written.
+            StoreConflict: COMMIT was answered with a rollback; nothing was written.
+            StoreRefused: a deferred constraint refused at COMMIT; nothing was written.
 
         Cancellation: between statements it rolls back; each statement, BEGIN, COMMIT and ROLLBACK is shielded.
         """
@@ -616,7 +595,7 @@ class Line:
             with self._alone():
                 tag = await self._exchange(self._raw.execute("COMMIT"), deadline_seconds, OutcomeUnknown)
             if tag != "COMMIT":
-                raise Conflict("COMMIT was answered with a rollback: a statement had failed before it")
+                raise StoreConflict("COMMIT was answered with a rollback: a statement had failed before it")
         finally:
             self._in_transaction = False
 
@@ -728,7 +707,7 @@ class Line:
         except Exception as error:
             connected = self._raw is not None and _is_open(self._raw)
             fault = _translated(error, lost, connected=connected)
-            refused = isinstance(fault, ConstraintRefused | StatementRejected | Conflict)
+            refused = isinstance(fault, StoreRefused | StatementRejected | StoreConflict)
             if not connected or not refused or isinstance(error, asyncpg.InvalidCachedStatementError):
                 # Unanswered, or this server is no longer the one that writes, or the prepared statements are stale.
                 self._drop()

@@ -15,8 +15,8 @@ from typing import Final
 import attrs
 import trio
 
-from callora.ledger.faults import CalloraFault
-from callora.store.bridge import Conflict, Connection, ConstraintRefused, Database, StatementRejected
+from callora.ledger.faults import CalloraFault, StoreConflict, StoreRefused
+from callora.store.bridge import Connection, Database, StatementRejected
 
 LOCK_SECONDS: Final = 120.0
 """How long to wait for another process that is migrating."""
@@ -228,7 +228,7 @@ async def _apply(connection: Connection, migration: Migration, sql: str, way: st
             await _record(connection, migration, way)
     except StatementRejected as error:
         raise MigrationRefused(f"{file}{_place(sql, error.position)}: {error}") from error
-    except (ConstraintRefused, Conflict) as error:
+    except (StoreRefused, StoreConflict) as error:
         raise MigrationRefused(f"{file}: {error}") from error
 
 

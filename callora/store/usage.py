@@ -10,7 +10,7 @@ from callora.ledger.ids import EventId, VaultId
 from callora.ledger.money import Stroops
 from callora.store.bridge import Database, Row
 
-MONTHS_AHEAD: Final = 3
+MONTHS_AHEAD: Final = 1
 
 FIRST: Final = EventId("00000000-0000-0000-0000-000000000000")
 

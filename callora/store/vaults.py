@@ -6,21 +6,28 @@ counts only if it ended an open hold in this very statement, and an expiry only 
 the statement's own rows say.
 """
 
+import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from typing import Final, cast
+
+import attrs
+import trio
 
 from callora.ledger.clock import Clock
 from callora.ledger.commands import (
     CloseHold,
     Deposit,
     ExtendHold,
+    IdempotencyClaim,
     LockedCommand,
     PlaceHold,
     Refund,
     SetStanding,
+    StoredAnswer,
     Withdraw,
 )
+from callora.ledger.faults import CalloraFault, StoreUnavailable
 from callora.ledger.ids import EventId, VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import (
@@ -44,101 +51,151 @@ LINE_SETTINGS: Final[Mapping[str, str]] = {
     # The plan is made once and kept: one made for the arrays of a first round on empty tables would not stay good.
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
     "jit": "off",
     "statement_timeout": f"{ROUND_SECONDS_MAX}s",
 }
 
-_LOCKED_AND_CLOSED: Final = """
+_LOCKED: Final = """
 WITH wanted AS (
-    SELECT * FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[]) AS w (vault_id, need, guard, decided)
+    SELECT * FROM unnest(:vaults::uuid[], :needs::bigint[], :guards::bigint[], :decided::bigint[]) WITH ORDINALITY
+        AS w (vault_id, need, guard, decided, place)
 ), locked AS MATERIALIZED (
-    SELECT v.vault_id, v.available, v.held, v.version, v.standing, w.decided,
+    SELECT w.place, v.vault_id, v.available, v.held, v.version, v.standing, w.decided,
            v.available >= w.need AND (w.need < 0 OR v.standing = 'active')
                AND (w.guard < 0 OR v.version = w.guard) AS won
     FROM wanted w JOIN vaults v ON v.vault_id = w.vault_id
     ORDER BY v.vault_id
     FOR UPDATE OF v
-), closed AS (
+), winners AS MATERIALIZED (
+    SELECT CASE count(*) WHEN cardinality(:vaults::uuid[]) THEN array_agg(won ORDER BY place) END AS won FROM locked
+)"""
+
+_CLOSED: Final = """, closed AS (
     UPDATE usage_events u
     SET state = c.state::usage_state, amount = CASE c.state WHEN 'captured' THEN c.amount END, status = c.status,
         latency_us = c.latency_us, request_bytes = c.request_bytes, response_bytes = c.response_bytes,
-        outcome = c.outcome, closed_at = $5
-    FROM unnest($6::uuid[], $7::uuid[], $8::text[], $9::bigint[], $10::smallint[], $11::int[], $12::bigint[],
-                $13::bigint[], $14::text[])
-         AS c (vault_id, event_id, state, amount, status, latency_us, request_bytes, response_bytes, outcome)
-    JOIN locked l ON l.vault_id = c.vault_id AND l.won
-    WHERE u.vault_id = c.vault_id AND u.event_id = c.event_id AND u.state = 'held'
-          AND (c.state <> 'expired' OR u.expires_at <= $5)
+        outcome = c.outcome, closed_at = :now::timestamptz
+    FROM unnest(:close_places::int[], :close_events::uuid[], :close_states::text[], :close_amounts::bigint[],
+                :close_statuses::smallint[], :close_latencies::int[], :close_requests::bigint[],
+                :close_responses::bigint[], :close_outcomes::text[])
+         AS c (place, event_id, state, amount, status, latency_us, request_bytes, response_bytes, outcome),
+         winners w
+    WHERE w.won[c.place] AND u.vault_id = (:vaults::uuid[])[c.place] AND u.event_id = c.event_id AND u.state = 'held'
+          AND (c.state <> 'expired' OR u.expires_at <= :now::timestamptz)
     RETURNING u.vault_id, u.event_id, u.held_amount, coalesce(u.amount, 0) AS amount
 )"""
 
 _CLAIMED: Final = """, claimed AS (
     INSERT INTO idempotency_keys AS k (vault_id, key, fingerprint, event_id, replaces, state, created_at, expires_at)
-    SELECT DISTINCT ON (i.vault_id, i.key) i.vault_id, i.key, i.fingerprint, i.event_id, i.replaces, 'started', $5,
-           $5 + i.retention * interval '1 second'
-    FROM unnest($24::uuid[], $25::text[], $26::bytea[], $27::uuid[], $28::uuid[], $29::int[])
-         AS i (vault_id, key, fingerprint, event_id, replaces, retention)
-    JOIN locked l ON l.vault_id = i.vault_id AND l.won
-    ORDER BY i.vault_id, i.key, i.event_id
+    SELECT DISTINCT ON (i.place, i.key) (:vaults::uuid[])[i.place], i.key, i.fingerprint, i.event_id, i.replaces,
+           'started', :now::timestamptz, :now::timestamptz + i.retention * interval '1 second'
+    FROM unnest(:claim_places::int[], :claim_keys::text[], :claim_fingerprints::bytea[], :claim_events::uuid[],
+                :claim_replaces::uuid[], :claim_retentions::int[])
+         AS i (place, key, fingerprint, event_id, replaces, retention), winners w
+    WHERE w.won[i.place]
+    ORDER BY i.place, i.key, i.event_id
     ON CONFLICT (vault_id, key) DO UPDATE
         SET fingerprint = excluded.fingerprint, event_id = excluded.event_id, replaces = excluded.replaces,
             state = 'started', status = NULL, head = NULL, body = NULL, charge = NULL,
             created_at = excluded.created_at, expires_at = excluded.expires_at
         WHERE k.expires_at <= excluded.created_at OR (k.state = 'started' AND k.event_id = excluded.replaces)
     RETURNING event_id
-), answered AS (
+)"""
+
+_ANSWERED: Final = """, answered AS (
     UPDATE idempotency_keys k
     SET state = CASE WHEN a.body IS NULL THEN 'not_replayable' ELSE 'completed' END,
         status = a.status, head = a.head, body = a.body, charge = a.charge
-    FROM unnest($30::uuid[], $31::text[], $32::uuid[], $33::smallint[], $34::bytea[], $35::bytea[], $36::bigint[])
-         AS a (vault_id, key, event_id, status, head, body, charge)
-    JOIN closed c ON c.event_id = a.event_id
-    WHERE k.vault_id = a.vault_id AND k.key = a.key AND k.event_id = a.event_id AND k.state = 'started'
+    FROM unnest(:answer_places::int[], :answer_keys::text[], :answer_events::uuid[], :answer_statuses::smallint[],
+                :answer_heads::bytea[], :answer_bodies::bytea[], :answer_charges::bigint[])
+         AS a (place, key, event_id, status, head, body, charge)
+    WHERE a.event_id IN (SELECT event_id FROM closed)
+          AND k.vault_id = (:vaults::uuid[])[a.place] AND k.key = a.key AND k.event_id = a.event_id
+          AND k.state = 'started'
 )"""
 
-_PLACED_AND_MOVED: Final = """, placed AS (
+_PLACED: Final = """, placed AS (
     INSERT INTO usage_events (vault_id, event_id, api_key_id, developer_id, api_id, endpoint_id, held_amount,
                               price_version, created_at, expires_at)
-    SELECT h.vault_id, h.event_id, h.api_key_id, h.developer_id, h.api_id, h.endpoint_id, h.held_amount,
-           h.price_version, $5, $5 + h.ttl * interval '1 second'
-    FROM unnest($15::uuid[], $16::uuid[], $17::uuid[], $18::uuid[], $19::bigint[], $20::bigint[], $21::bigint[],
-                $22::int[], $23::int[])
-         AS h (vault_id, event_id, api_key_id, developer_id, api_id, endpoint_id, held_amount, price_version, ttl)
-    JOIN locked l ON l.vault_id = h.vault_id AND l.won
-    {unless_taken}
+    SELECT (:vaults::uuid[])[h.place], h.event_id, h.api_key_id, h.developer_id, h.api_id, h.endpoint_id,
+           h.held_amount, h.price_version, :now::timestamptz, :now::timestamptz + h.ttl * interval '1 second'
+    FROM unnest(:hold_places::int[], :hold_events::uuid[], :hold_keys::uuid[], :hold_developers::uuid[],
+                :hold_apis::bigint[], :hold_endpoints::bigint[], :hold_amounts::bigint[], :hold_versions::int[],
+                :hold_ttls::int[])
+         AS h (place, event_id, api_key_id, developer_id, api_id, endpoint_id, held_amount, price_version, ttl),
+         winners w
+    WHERE w.won[h.place]{unless_taken}
     RETURNING vault_id, event_id, held_amount
-), change AS (
-    SELECT vault_id, sum(available)::bigint AS available, sum(held)::bigint AS held FROM (
-        SELECT vault_id, held_amount - amount AS available, -held_amount AS held FROM closed
-        UNION ALL
-        SELECT vault_id, -held_amount, held_amount FROM placed
-    ) AS rows GROUP BY vault_id
-), moved AS (
+)"""
+
+_UNLESS_TAKEN: Final = """
+          AND (h.event_id NOT IN (SELECT e FROM unnest(:claim_events::uuid[]) AS e)
+               OR h.event_id IN (SELECT event_id FROM claimed))"""
+
+_CHANGED_BY_CLOSED: Final = "SELECT vault_id, held_amount - amount AS available, -held_amount AS held FROM closed"
+
+_CHANGED_BY_PLACED: Final = "SELECT vault_id, -held_amount AS available, held_amount AS held FROM placed"
+
+_MOVED: Final = """, moved AS (
     UPDATE vaults v
     SET available = v.available + c.available, held = v.held + c.held, version = v.version + 1
-    FROM change c WHERE v.vault_id = c.vault_id
+    FROM (SELECT vault_id, sum(available)::bigint AS available, sum(held)::bigint AS held FROM ({changes}) AS rows
+          GROUP BY vault_id) AS c
+    WHERE v.vault_id = c.vault_id
     RETURNING v.vault_id, v.available, v.held, v.version
 )
 SELECT l.won, l.vault_id, coalesce(m.available, l.available) AS available, coalesce(m.held, l.held) AS held,
        coalesce(m.version, l.version) AS version, l.standing::text AS standing, NULL::uuid AS missed
 FROM locked l LEFT JOIN moved m ON m.vault_id = l.vault_id
-WHERE NOT l.won OR l.version <> l.decided
+WHERE NOT l.won OR l.version <> l.decided"""
+
+_MISSED: Final = """
 UNION ALL
-SELECT NULL, NULL, NULL, NULL, NULL, NULL, e FROM unnest($7::uuid[]) AS e WHERE e NOT IN (SELECT event_id FROM closed)
-"""
+SELECT NULL, NULL, NULL, NULL, NULL, NULL, e FROM unnest({events}::uuid[]) AS e
+WHERE e NOT IN (SELECT event_id FROM {done})"""
 
-_ROUND: Final = _LOCKED_AND_CLOSED + _PLACED_AND_MOVED.format(unless_taken="")
+_PARAMETER: Final = re.compile(r"(?<!:):([a-z_]+)")
 
-_KEYED_ROUND: Final = (
-    _LOCKED_AND_CLOSED
-    + _CLAIMED
-    + _PLACED_AND_MOVED.format(
-        unless_taken="WHERE h.event_id NOT IN (SELECT e FROM unnest($27::uuid[]) AS e)"
-        " OR h.event_id IN (SELECT event_id FROM claimed)"
-    )
-    + "UNION ALL SELECT NULL, NULL, NULL, NULL, NULL, NULL, e FROM unnest($27::uuid[]) AS e"
-    " WHERE e NOT IN (SELECT event_id FROM claimed)"
-)
+
+@attrs.frozen
+class RoundStatement:
+    """The round's statement for what a round contains: parts that are not there cost nothing."""
+
+    sql: str
+    parameters: tuple[str, ...]
+    """The columns that it takes, in the order of their numbers."""
+
+    @classmethod
+    def of(cls, *, closes: bool, holds: bool, keyed: bool) -> "RoundStatement":
+        """Return the statement; a round has closes, holds or both, and perhaps idempotency keys."""
+        changes = [part for part, there in ((_CHANGED_BY_CLOSED, closes), (_CHANGED_BY_PLACED, holds)) if there]
+        text = _LOCKED
+        if closes:
+            text += _CLOSED
+        if keyed and holds:
+            text += _CLAIMED
+        if keyed and closes:
+            text += _ANSWERED
+        if holds:
+            text += _PLACED.format(unless_taken=_UNLESS_TAKEN if keyed else "")
+        text += _MOVED.format(changes=" UNION ALL ".join(changes))
+        if closes:
+            text += _MISSED.format(events=":close_events", done="closed")
+        if keyed and holds:
+            text += _MISSED.format(events=":claim_events", done="claimed")
+        parameters = tuple(dict.fromkeys(_PARAMETER.findall(text)))
+        numbers = {name: f"${number}" for number, name in enumerate(parameters, 1)}
+        return cls(_PARAMETER.sub(lambda match: numbers[match[1]], text), parameters)
+
+
+STATEMENTS: Final[Mapping[tuple[bool, bool, bool], RoundStatement]] = {
+    (closes, holds, keyed): RoundStatement.of(closes=closes, holds=holds, keyed=keyed)
+    for closes, holds, keyed in itertools.product((False, True), repeat=3)
+    if closes or holds
+}
+"""By what a round contains: closes, holds, idempotency keys."""
 
 _LOAD: Final = """
 SELECT vault_id, available, held, version, standing::text AS standing FROM vaults WHERE vault_id = ANY ($1::uuid[])
@@ -192,7 +249,6 @@ WHERE vault_id = $1 AND standing <> $2::text::standing
 _NO_HOLDS: Final = -1
 """What a share without holds needs: nothing, not even an active vault."""
 
-Columns = tuple[object, ...]
 
 LockedOutcome = (
     BalanceMoved | HoldExtended | StandingSet | InsufficientFunds | HoldNotOpen | RefundRefused | VaultMissing
@@ -209,6 +265,16 @@ def _state(row: Row) -> VaultState:
     )
 
 
+@attrs.define(slots=True, eq=False)
+class _Loading:
+    """Vaults that are asked for together."""
+
+    vault_ids: set[VaultId] = attrs.field(factory=set)
+    done: trio.Event = attrs.field(factory=trio.Event)
+    states: dict[VaultId, VaultState] = attrs.field(factory=dict)
+    fault: CalloraFault | None = None
+
+
 class VaultStore:
     """The ledger's two doors to PostgreSQL: rounds over one dedicated line, everything else over the pool."""
 
@@ -217,15 +283,47 @@ class VaultStore:
         self._line = line
         self._clock = clock
         self._commit_seconds_max = commit_seconds_max
+        self._loading: _Loading | None = None
+        self._load_turn = trio.Lock()
 
     async def load_vaults(self, vault_ids: Sequence[VaultId]) -> dict[VaultId, VaultState]:
-        """Return the stored state of each vault that exists.
+        """Return the stored state of each vault that exists, as it is at some moment after this was called.
+
+        One query is under way; who asks meanwhile is gathered for the next, because a query for a hundred vaults costs
+        little more than for one.
 
         Raises:
             StoreUnavailable: nothing was read.
         """
-        states = (_state(row) for row in await self._database.fetch(_LOAD, list(vault_ids)))
-        return {state.vault_id: state for state in states}
+        loading = self._loading
+        if loading is None:
+            loading = self._loading = _Loading()
+            loading.vault_ids.update(vault_ids)
+            await self._load(loading)
+        else:
+            loading.vault_ids.update(vault_ids)
+            await loading.done.wait()
+        if loading.fault is not None:
+            raise loading.fault
+        found = (loading.states.get(vault_id) for vault_id in vault_ids)
+        return {state.vault_id: attrs.evolve(state) for state in found if state is not None}
+
+    async def _load(self, loading: _Loading) -> None:
+        try:
+            async with self._load_turn:
+                self._loading = None
+                for row in await self._database.fetch(_LOAD, list(loading.vault_ids)):
+                    state = _state(row)
+                    loading.states[state.vault_id] = state
+        except CalloraFault as fault:
+            loading.fault = fault
+        except BaseException:
+            loading.fault = StoreUnavailable("whoever was reading for this vault was cancelled")
+            raise
+        finally:
+            if self._loading is loading:
+                self._loading = None
+            loading.done.set()
 
     async def find_event(self, vault_id: VaultId, event_id: EventId) -> EventFound | None:
         """Return a usage event as it stands, or None: how an unknown outcome is looked up.
@@ -255,15 +353,22 @@ class VaultStore:
         rows = await self._line.run(statement, *arguments, deadline_seconds=self._commit_seconds_max)
         return _result(rows) if rows else CLEAN
 
-    def _statement(self, shares: Sequence[Share]) -> tuple[str, Columns]:
-        holds = [(share.vault_id, hold) for share in shares for hold in share.holds]
-        closes = [(share.vault_id, close) for share in shares for close in share.closes]
-        claims = [(vault_id, hold) for vault_id, hold in holds if hold.claim is not None]
-        answers = [(vault_id, close) for vault_id, close in closes if close.answer is not None]
-        arguments = _round_arguments(self._clock.now(), shares, holds, closes)
+    def _statement(self, shares: Sequence[Share]) -> tuple[str, list[object]]:
+        places = range(1, len(shares) + 1)  # PostgreSQL counts from one
+        holds = [(place, hold) for place, share in zip(places, shares, strict=True) for hold in share.holds]
+        closes = [(place, close) for place, share in zip(places, shares, strict=True) for close in share.closes]
+        claims = [(place, hold, hold.claim) for place, hold in holds if hold.claim is not None]
+        answers = [(place, close, close.answer) for place, close in closes if close.answer is not None]
+        statement = STATEMENTS[bool(closes), bool(holds), bool(claims or answers)]
+        columns = _share_columns(shares)
+        columns["now"] = self._clock.now()
+        if closes:
+            columns |= _close_columns(closes)
+        if holds:
+            columns |= _hold_columns(holds)
         if claims or answers:
-            return _KEYED_ROUND, arguments + _key_arguments(claims, answers)
-        return _ROUND, arguments
+            columns |= _key_columns(claims, answers)
+        return statement.sql, [columns[name] for name in statement.parameters]
 
     async def commit_locked_round(
         self, vault_id: VaultId, decide: Callable[[VaultState], Share]
@@ -278,6 +383,8 @@ class VaultStore:
         """
         async with self._database.transaction() as connection:
             share = decide(_state(cast(Row, await connection.fetch_row(_LOCK, vault_id))))
+            if not (share.holds or share.closes):
+                return share, CLEAN
             statement, arguments = self._statement([share])
             return share, _result(await connection.fetch(statement, *arguments))
 
@@ -348,61 +455,66 @@ class VaultStore:
         return HoldNotOpen(event["state"] if event is not None else None)
 
 
-def _round_arguments(
-    now: datetime,
-    shares: Sequence[Share],
-    holds: Sequence[tuple[VaultId, PlaceHold]],
-    closes: Sequence[tuple[VaultId, CloseHold]],
-) -> Columns:
+Columns = dict[str, object]
+
+
+def _share_columns(shares: Sequence[Share]) -> Columns:
+    return {
+        "vaults": [share.vault_id for share in shares],
+        "needs": [share.need if share.holds else _NO_HOLDS for share in shares],
+        "guards": [share.decided_version if share.guarded else UNGUARDED for share in shares],
+        "decided": [share.decided_version for share in shares],
+    }
+
+
+def _close_columns(closes: Sequence[tuple[int, CloseHold]]) -> Columns:
     deliveries = [close.delivery for _, close in closes]
+    return {
+        "close_places": [place for place, _ in closes],
+        "close_events": [close.event_id for _, close in closes],
+        "close_states": [close.state for _, close in closes],
+        "close_amounts": [close.amount for _, close in closes],
+        "close_statuses": [delivery.status for delivery in deliveries],
+        "close_latencies": [delivery.latency_us for delivery in deliveries],
+        "close_requests": [delivery.request_bytes for delivery in deliveries],
+        "close_responses": [delivery.response_bytes for delivery in deliveries],
+        "close_outcomes": [delivery.outcome for delivery in deliveries],
+    }
+
+
+def _hold_columns(holds: Sequence[tuple[int, PlaceHold]]) -> Columns:
     charged = [hold.charged for _, hold in holds]
-    return (
-        [share.vault_id for share in shares],
-        [share.need if share.holds else _NO_HOLDS for share in shares],
-        [share.decided_version if share.guarded else UNGUARDED for share in shares],
-        [share.decided_version for share in shares],
-        now,
-        [vault_id for vault_id, _ in closes],
-        [close.event_id for _, close in closes],
-        [close.state for _, close in closes],
-        [close.amount for _, close in closes],
-        [delivery.status for delivery in deliveries],
-        [delivery.latency_us for delivery in deliveries],
-        [delivery.request_bytes for delivery in deliveries],
-        [delivery.response_bytes for delivery in deliveries],
-        [delivery.outcome for delivery in deliveries],
-        [vault_id for vault_id, _ in holds],
-        [hold.event_id for _, hold in holds],
-        [each.api_key_id for each in charged],
-        [each.developer_id for each in charged],
-        [each.api_id for each in charged],
-        [each.endpoint_id for each in charged],
-        [hold.amount for _, hold in holds],
-        [each.price_version for each in charged],
-        [hold.ttl_seconds for _, hold in holds],
-    )
+    return {
+        "hold_places": [place for place, _ in holds],
+        "hold_events": [hold.event_id for _, hold in holds],
+        "hold_keys": [each.api_key_id for each in charged],
+        "hold_developers": [each.developer_id for each in charged],
+        "hold_apis": [each.api_id for each in charged],
+        "hold_endpoints": [each.endpoint_id for each in charged],
+        "hold_amounts": [hold.amount for _, hold in holds],
+        "hold_versions": [each.price_version for each in charged],
+        "hold_ttls": [hold.ttl_seconds for _, hold in holds],
+    }
 
 
-def _key_arguments(
-    claims: Sequence[tuple[VaultId, PlaceHold]], answers: Sequence[tuple[VaultId, CloseHold]]
+def _key_columns(
+    claims: Sequence[tuple[int, PlaceHold, IdempotencyClaim]], answers: Sequence[tuple[int, CloseHold, StoredAnswer]]
 ) -> Columns:
-    claimed = [hold.claim for _, hold in claims if hold.claim is not None]
-    answered = [close.answer for _, close in answers if close.answer is not None]
-    return (
-        [vault_id for vault_id, _ in claims],
-        [claim.key for claim in claimed],
-        [claim.fingerprint for claim in claimed],
-        [hold.event_id for _, hold in claims],
-        [claim.replaces for claim in claimed],
-        [claim.retention_seconds for claim in claimed],
-        [vault_id for vault_id, _ in answers],
-        [answer.key for answer in answered],
-        [close.event_id for _, close in answers],
-        [answer.status for answer in answered],
-        [answer.head for answer in answered],
-        [answer.body for answer in answered],
-        [answer.charge for answer in answered],
-    )
+    return {
+        "claim_places": [place for place, _, _ in claims],
+        "claim_keys": [claim.key for _, _, claim in claims],
+        "claim_fingerprints": [claim.fingerprint for _, _, claim in claims],
+        "claim_events": [hold.event_id for _, hold, _ in claims],
+        "claim_replaces": [claim.replaces for _, _, claim in claims],
+        "claim_retentions": [claim.retention_seconds for _, _, claim in claims],
+        "answer_places": [place for place, _, _ in answers],
+        "answer_keys": [answer.key for _, _, answer in answers],
+        "answer_events": [close.event_id for _, close, _ in answers],
+        "answer_statuses": [answer.status for _, _, answer in answers],
+        "answer_heads": [answer.head for _, _, answer in answers],
+        "answer_bodies": [answer.body for _, _, answer in answers],
+        "answer_charges": [answer.charge for _, _, answer in answers],
+    }
 
 
 def _result(rows: Sequence[Row]) -> RoundResult:

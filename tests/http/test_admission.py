@@ -59,7 +59,8 @@ async def database_away(server: EmbeddedPostgres, dsn: str) -> AsyncIterator[Non
         try:
             yield
         finally:
-            await outside.execute(f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS true")
+            with trio.move_on_after(10, shield=True):
+                await outside.execute(f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS true")
 
 
 async def test_each_check_speaks_only_when_all_before_it_are_content(database_url: str) -> None:
@@ -144,7 +145,10 @@ async def test_after_the_rate_come_the_intent_the_breaker_the_address_and_last_t
             # The address and the balance
             costly = [PricedEndpoint("*", "*", parse_usdc("2"))]
             await service.api("blocked", "http://10.0.0.1", costly)
-            assert code(await call(service.port, "GET", "/v1/call/blocked/x", consumer.headers)) == "UPSTREAM_TARGET_BLOCKED"
+            assert (
+                code(await call(service.port, "GET", "/v1/call/blocked/x", consumer.headers))
+                == "UPSTREAM_TARGET_BLOCKED"
+            )
             await service.api("refusing", f"http://127.0.0.1:{port}", costly)
             response = await call(service.port, "GET", "/v1/call/refusing/x", consumer.headers)
             assert code(response) == "INSUFFICIENT_BALANCE"
@@ -280,7 +284,10 @@ async def test_a_client_cannot_choose_its_own_address(database_url: str, header:
 async def test_behind_one_trusted_proxy_the_address_is_the_last_that_it_wrote(
     database_url: str, forwarded: list[str], expected: str
 ) -> None:
-    async with running_service(database_url, {"TRUSTED_PROXY_COUNT": "1"}) as service, raw_upstream(respond()) as upstream:
+    async with (
+        running_service(database_url, {"TRUSTED_PROXY_COUNT": "1"}) as service,
+        raw_upstream(respond()) as upstream,
+    ):
         consumer = await ready(service, upstream)
         await service.database.execute("UPDATE api_keys SET allowed_cidrs = '{192.0.2.7/32}'")
         headers = [*consumer.headers, *(("X-Forwarded-For", value) for value in forwarded)]

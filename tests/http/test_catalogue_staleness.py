@@ -47,7 +47,8 @@ async def database_away(server: EmbeddedPostgres, dsn: str) -> AsyncIterator[Non
         try:
             yield
         finally:
-            await outside.execute(f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS true")
+            with trio.move_on_after(10, shield=True):
+                await outside.execute(f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS true")
 
 
 @pytest.mark.parametrize(
@@ -164,9 +165,7 @@ async def test_only_what_has_changed_is_read_again(database_url: str) -> None:
         catalogue = catalogue_on(service.database)
         await catalogue.refresh()
         before, unchanged = await look(catalogue, consumer), await look(catalogue, other)
-        await service.database.execute(
-            "UPDATE api_keys SET disabled = true WHERE api_key_id = $1", consumer.api_key_id
-        )
+        await service.database.execute("UPDATE api_keys SET disabled = true WHERE api_key_id = $1", consumer.api_key_id)
         await catalogue.refresh()
         assert await look(catalogue, consumer) is not before
         assert await look(catalogue, other) is unchanged

@@ -24,7 +24,9 @@ from tests.support.upstream import (
 
 NOISE = random.Random(7).randbytes(1 << 20)
 MULTIPART = (
-    b'--b\r\nContent-Disposition: form-data; name="f"; filename="\xc3\xa4.bin"\r\n\r\n' + bytes(range(256)) + b"\r\n--b--\r\n"
+    b'--b\r\nContent-Disposition: form-data; name="f"; filename="\xc3\xa4.bin"\r\n\r\n'
+    + bytes(range(256))
+    + b"\r\n--b--\r\n"
 )
 BODIES = {
     "text": b"hello, w\xc3\xb6rld\n",
@@ -37,7 +39,14 @@ BODIES = {
     "chunks": b"5\r\nhello\r\n0\r\n\r\n",
 }
 OURS = {
-    *("x-request-id", "x-ratelimit-limit", "x-ratelimit-remaining", "x-ratelimit-reset", "ratelimit", "ratelimit-policy"),
+    *(
+        "x-request-id",
+        "x-ratelimit-limit",
+        "x-ratelimit-remaining",
+        "x-ratelimit-reset",
+        "ratelimit",
+        "ratelimit-policy",
+    ),
     *("x-callora-charge", "x-callora-balance", "server-timing"),
 }
 
@@ -100,7 +109,10 @@ async def test_a_chunked_idempotent_request_arrives_unchanged_too(database_url: 
 
 
 async def test_an_answer_that_ends_with_its_connection_arrives_chunked(database_url: str) -> None:
-    async with running_service(database_url) as service, raw_upstream(raw(b"HTTP/1.1 200 OK\r\n\r\n" + NOISE)) as upstream:
+    async with (
+        running_service(database_url) as service,
+        raw_upstream(raw(b"HTTP/1.1 200 OK\r\n\r\n" + NOISE)) as upstream,
+    ):
         consumer = await ready(service, upstream)
         response = await call(service.port, "GET", "/v1/call/echo/x", consumer.headers)
         assert response.body == NOISE
@@ -251,7 +263,9 @@ async def test_an_api_is_called_by_its_number_as_by_its_slug(database_url: str) 
         assert upstream.requests[0].target == "/x"
 
 
-async def test_the_request_headers_that_arrive_are_those_sent_without_the_listed_and_with_ours(database_url: str) -> None:
+async def test_the_request_headers_that_arrive_are_those_sent_without_the_listed_and_with_ours(
+    database_url: str,
+) -> None:
     async with running_service(database_url) as service, raw_upstream(respond()) as upstream:
         consumer = await ready(service, upstream)
         sent: Headers = [
@@ -320,7 +334,9 @@ async def test_what_the_developer_configured_replaces_what_the_client_sent(datab
             assert request.all(name) == [value]
 
 
-async def test_the_answer_headers_that_arrive_are_those_sent_without_the_listed_and_with_ours(database_url: str) -> None:
+async def test_the_answer_headers_that_arrive_are_those_sent_without_the_listed_and_with_ours(
+    database_url: str,
+) -> None:
     answer: Headers = [
         ("Content-Type", "text/plain"),
         ("Set-Cookie", "a=1"),

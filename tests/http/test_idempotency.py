@@ -9,15 +9,33 @@ from callora.actors.mailbox import Envelope
 from callora.http.gateway.calls import Call, CallFlow
 from callora.ledger.commands import Delivery, StoredAnswer, release
 from callora.ledger.money import parse_usdc
-from tests.support.client import RawResponse, call, closed_port, watchdog
+from tests.support.client import RawClient, RawResponse, call, closed_port, request_bytes, watchdog
 from tests.support.service import Consumer, RunningService, running_service
-from tests.support.upstream import RawUpstream, chunked, gated, raw_upstream, respond
+from tests.support.upstream import (
+    Handler,
+    RawUpstream,
+    chunked,
+    garbage,
+    gated,
+    raw_upstream,
+    reset_before_head,
+    respond,
+    silent,
+    wrong_length,
+)
 
 PATH = "/v1/call/echo/x"
 PRICE = parse_usdc("0.01")
 # Not the answer's own: they say what this request cost and where its limits stand.
 CHANGING = {
-    *("x-request-id", "x-callora-charge", "x-callora-balance", "x-ratelimit-remaining", "x-ratelimit-reset", "ratelimit"),
+    *(
+        "x-request-id",
+        "x-callora-charge",
+        "x-callora-balance",
+        "x-ratelimit-remaining",
+        "x-ratelimit-reset",
+        "ratelimit",
+    ),
     *("server-timing", "idempotent-replayed", "content-length", "transfer-encoding"),
 }
 
@@ -58,14 +76,12 @@ async def test_fifty_duplicates_at_once_are_one_call_and_one_charge(database_url
 
         async def one() -> None:
             responses.append(await call(service.port, "POST", PATH, keyed(consumer), b"body"))
+            if len(responses) == 49:
+                gate.set()
 
         async with trio.open_nursery() as nursery:
             for _ in range(50):
                 nursery.start_soon(one)
-            with watchdog("all but the first to be answered"):
-                while len(responses) < 49:
-                    await trio.lowlevel.checkpoint()
-            gate.set()
         assert [code(response) for response in responses[:49]] == ["IDEMPOTENCY_IN_PROGRESS"] * 49
         first = responses[49]
         assert (first.status, first.body) == (201, b"only once")
@@ -290,4 +306,38 @@ async def test_a_refused_duplicate_leaves_no_event_and_takes_no_money(database_u
             for number in range(20):
                 nursery.start_soon(partial(call, service.port, "GET", f"{PATH}?{number}", keyed(consumer)))
         assert len(await service.events(consumer)) == 1
+        assert await service.balance(consumer) == (parse_usdc("0.99"), 0)
+
+
+@pytest.mark.parametrize(
+    ("handler", "status"), [(silent(), 504), (reset_before_head(), 502), (garbage(), 502), (wrong_length(100, 10), 502)]
+)
+async def test_a_retry_of_what_the_upstream_may_have_seen_gets_our_refusal_again(
+    database_url: str, handler: Handler, status: int
+) -> None:
+    settings = {"PROXY_TIMEOUT_MS": "200", "HOLD_TTL_SECONDS": "5"}
+    async with running_service(database_url, settings) as service, raw_upstream(handler) as upstream:
+        consumer = await ready(service, upstream)
+        first = await call(service.port, "GET", PATH, keyed(consumer))
+        assert first.status == status
+        await service.until_no_hold(consumer)
+        upstream.handler = respond(body=b"late")
+        second = await call(service.port, "GET", PATH, keyed(consumer))
+        assert second.header("Idempotent-Replayed") == "true"
+        assert lasting(second) == lasting(first)
+        assert len(upstream.requests) == 1
+        assert await service.balance(consumer) == (parse_usdc("1"), 0)
+
+
+async def test_a_retry_of_a_client_that_left_before_the_answer_is_a_new_attempt(database_url: str) -> None:
+    async with running_service(database_url) as service, raw_upstream(silent()) as upstream:
+        consumer = await ready(service, upstream)
+        async with RawClient.connect(port=service.port) as client:
+            await client.send(request_bytes("GET", PATH, keyed(consumer)))
+            await upstream.wait_requests(1)
+            await client.reset()
+        await upstream.wait_peer_gone()
+        await service.until_no_hold(consumer)
+        upstream.handler = respond(body=b"x")
+        assert (await call(service.port, "GET", PATH, keyed(consumer))).body == b"x"
         assert await service.balance(consumer) == (parse_usdc("0.99"), 0)

@@ -134,9 +134,7 @@ async def test_an_upstream_silent_past_its_time_costs_nothing_and_is_hung_up_on(
         refused(response, 504, "GATEWAY_TIMEOUT")
         assert response.header("X-Callora-Balance") == "1.0000000"
         await upstream.wait_peer_gone()
-        await expect(
-            service, consumer, events=[("released", "timeout", None, None)], upstream=upstream, requests=1
-        )
+        await expect(service, consumer, events=[("released", "timeout", None, None)], upstream=upstream, requests=1)
 
 
 @pytest.mark.parametrize("body", [b"", b"x" * 1000, b"x" * 200_000])
@@ -202,7 +200,9 @@ async def test_an_endpoint_may_declare_which_answers_cost_the_price(
         consumer = await service.consumer("1")
         response = await call(service.port, "GET", "/v1/call/echo/x", consumer.headers)
         assert response.header("X-Callora-Charge") == ("0.0100000" if paid else "0.0000000")
-        event: Event = ("captured", "delivered", PRICE, status) if paid else ("released", "upstream_status", None, status)
+        event: Event = (
+            ("captured", "delivered", PRICE, status) if paid else ("released", "upstream_status", None, status)
+        )
         await expect(service, consumer, paid=PRICE if paid else 0, events=[event], upstream=upstream, requests=1)
 
 
@@ -223,9 +223,7 @@ async def test_a_client_that_leaves_before_the_answer_pays_nothing_and_its_upstr
             else:
                 await client.shut_write()
             await upstream.wait_peer_gone()
-        await expect(
-            service, consumer, events=[("released", "client_gone", None, None)], upstream=upstream, requests=1
-        )
+        await expect(service, consumer, events=[("released", "client_gone", None, None)], upstream=upstream, requests=1)
 
 
 async def test_a_client_that_leaves_inside_its_own_body_pays_nothing(database_url: str) -> None:
@@ -394,7 +392,9 @@ async def test_a_duplicate_of_a_call_that_still_runs_is_told_so_for_nothing(data
         )
 
 
-async def test_a_duplicate_of_an_answer_too_large_to_store_is_told_the_first_event_and_charge(database_url: str) -> None:
+async def test_a_duplicate_of_an_answer_too_large_to_store_is_told_the_first_event_and_charge(
+    database_url: str,
+) -> None:
     settings = {"IDEMPOTENCY_MAX_BODY": "1kb"}
     async with (
         running_service(database_url, settings) as service,

@@ -21,7 +21,7 @@ class FixedClock:
         return self.at
 
 
-moments = st.datetimes(datetime(1970, 1, 2), datetime(2500, 1, 1)).map(lambda at: at.replace(tzinfo=UTC))
+moments = st.integers(10**5, 4 * 10**9).map(lambda seconds: datetime.fromtimestamp(seconds, UTC))
 
 
 @quick
@@ -45,6 +45,14 @@ def test_ids_of_later_milliseconds_sort_later(at: datetime, steps: list[int]) ->
         clock.at += timedelta(milliseconds=min(step, 10**9))
         made.append(ids.uuid7())
     assert made == sorted(made)
+
+
+@quick
+@given(st.integers(10**12, 4 * 10**12))
+def test_an_id_carries_its_very_millisecond(millis: int) -> None:
+    at = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=millis)
+    made = Ids(FixedClock(at), bytes).uuid7()
+    assert uuid.UUID(made).int >> 80 == millis
 
 
 def test_ten_thousand_ids_of_one_millisecond_are_all_different() -> None:

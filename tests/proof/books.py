@@ -174,15 +174,15 @@ async def assert_books_agree(database: Database, scene: Scene, load: Load) -> Su
     assert keyed_captured - refunded_keyed == len(paid_for)
 
     # The whole: what came in less what was spent is what is there.
-    row = await database.fetch_row(
+    whole = await database.fetch_row(
         """
         SELECT (SELECT sum(amount) FROM ledger_entries)::bigint
                    - (SELECT coalesce(sum(amount), 0) FROM usage_events WHERE state = 'captured')::bigint AS left_over,
                (SELECT sum(available) FROM vaults)::bigint AS available, (SELECT sum(held) FROM vaults)::bigint AS held
         """
     )
-    assert row is not None
-    assert (row["available"], row["held"]) == (row["left_over"], 0)
+    assert whole is not None
+    assert (whole["available"], whole["held"]) == (whole["left_over"], 0)
     states = await database.fetch("SELECT state::text AS state, count(*) AS count FROM usage_events GROUP BY 1")
     return Sums(
         told=told_plain + sum(answer.charge > 0 for answer in load.keyed),

@@ -115,6 +115,8 @@ class Tables:
     guards_used: list[str] = attrs.field(factory=list)
     """Constraints that had to refuse what an actor should have refused."""
     closings: list[EventId] = attrs.field(factory=list)
+    late: set[VaultId] = attrs.field(factory=set)
+    """Vaults that a round changed after its writer was told that nobody knows."""
 
     def add_vault(self, vault_id: VaultId, amount: int, standing: Standing = "active") -> VaultRow:
         """Make a vault with a first deposit."""
@@ -140,7 +142,7 @@ class Tables:
 
     def _refuse(self, constraint: str) -> StoreRefused:
         self.guards_used.append(constraint)
-        return StoreRefused(constraint, constraint, "23514")
+        return StoreRefused(constraint, constraint=constraint, sqlstate="23514")
 
     def store_round(self, shares: Sequence[Share], *, late: bool = False) -> RoundResult:
         """What the round's statement does, all or nothing."""
@@ -157,6 +159,7 @@ class Tables:
             else:
                 lost.append(self.state(share.vault_id))
         self._check(won)
+        self.late |= {share.vault_id for share in won if late}
         for share in won:
             row = self.vaults[share.vault_id]
             version, changed = row.version, False
@@ -385,7 +388,7 @@ class SimulatedStore:
             case "conflict":
                 raise StoreConflict(f"simulated: {verb}")
             case "refused":
-                raise StoreRefused(f"simulated: {verb}", None, "23514")
+                raise StoreRefused(f"simulated: {verb}", constraint=None, sqlstate="23514")
             case "bug":
                 raise Bug(verb)
             case "unknown_lost":

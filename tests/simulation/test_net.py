@@ -13,6 +13,7 @@ from callora.actors.writer import Stake, Writer
 from callora.ledger import vault as rules
 from callora.ledger.commands import CloseHold, PlaceHold
 from callora.ledger.faults import CalloraFault, OutcomeUnknown, StoreUnavailable
+from callora.ledger.money import Stroops
 from callora.ledger.outcomes import HoldClosed, HoldPlaced
 from callora.ledger.rounds import CLEAN, RoundResult, Share
 from tests.simulation.world import simulate
@@ -149,20 +150,14 @@ def close_one_hold_twice_in_a_round(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(VaultActor, "__init__", init)
 
 
-def count_money_as_back_before_its_close_is_stored(patch: pytest.MonkeyPatch) -> None:
-    original = VaultActor._decide
+def give_back_the_same_money_twice(patch: pytest.MonkeyPatch) -> None:
+    original = rules.apply_close
 
-    def decide(self: VaultActor, envelope: Envelope, command: Any, *, final: bool) -> bool:
-        policies = self._policies
-        if isinstance(command, CloseHold):
-            # What `_decide` does for a vault without a policy, its guard left as it is.
-            if self._state is not None and not {command.event_id} & (self._placing | self._closing):
-                rules.apply_close(self._state, command.held_amount, command.amount)
-        decided = original(self, envelope, command, final=final)
-        assert policies is self._policies
-        return decided
+    def apply_close(state: rules.VaultState, held_amount: Stroops, amount: Stroops) -> None:
+        original(state, held_amount, amount)
+        original(state, held_amount, amount)
 
-    patch.setattr(VaultActor, "_decide", decide)
+    patch.setattr("callora.actors.vault.apply_close", apply_close)
 
 
 def lose_what_is_to_be_repeated(patch: pytest.MonkeyPatch) -> None:
@@ -213,20 +208,6 @@ def compensate_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Compensator, "_undo", undo)
 
 
-def compensate_what_was_delivered(patch: pytest.MonkeyPatch) -> None:
-    """An outcome that is known to be a success is taken for unknown: looked up, then refunded."""
-    original = VaultActor._look_up
-
-    async def look_up(self: VaultActor, envelope: Envelope, command: CloseHold) -> None:
-        self._policies = ()
-        await original(self, envelope, command)
-        self._state = self._state and rules.VaultState(
-            self.vault_id, self._state.available, self._state.held, self._state.version + 1, self._state.standing
-        )
-
-    patch.setattr(VaultActor, "_look_up", look_up)
-
-
 def keep_a_crashed_actors_commands_to_itself(patch: pytest.MonkeyPatch) -> None:
     async def supervise(self: VaultRegistry, actor: VaultActor) -> None:
         try:
@@ -252,14 +233,13 @@ PLANTS: list[Plant] = [
     keep_a_state_that_did_not_come_to_be,
     refuse_on_a_cached_state,
     close_one_hold_twice_in_a_round,
-    count_money_as_back_before_its_close_is_stored,
+    give_back_the_same_money_twice,
     lose_what_is_to_be_repeated,
     leave_the_hand_unanswered_after_a_crash,
     leave_the_mailbox_unanswered_when_failing_closed,
     drop_what_was_never_sent_when_a_round_is_split,
     answer_an_interrupted_round_as_not_written,
     compensate_nothing,
-    compensate_what_was_delivered,
     keep_a_crashed_actors_commands_to_itself,
 ]
 

@@ -17,10 +17,8 @@ import trio
 import trio.testing
 import trustme
 
-from callora.ledger.faults import OutcomeUnknown, StoreUnavailable
+from callora.ledger.faults import OutcomeUnknown, StoreConflict, StoreRefused, StoreUnavailable
 from callora.store.bridge import (
-    Conflict,
-    ConstraintRefused,
     Database,
     Line,
     StatementRejected,
@@ -147,18 +145,18 @@ async def test_a_commit_without_an_answer_is_unknown(store: Database, empty_data
 
 
 async def test_a_refusal_names_its_constraint(store: Database) -> None:
-    with pytest.raises(ConstraintRefused) as caught:
+    with pytest.raises(StoreRefused) as caught:
         await store.execute("INSERT INTO amounts VALUES (1, -1)")
     assert (caught.value.constraint, caught.value.sqlstate) == ("amount_not_negative", "23514")
     await store.execute("INSERT INTO amounts VALUES (1, 1)")
-    with pytest.raises(ConstraintRefused) as caught:
+    with pytest.raises(StoreRefused) as caught:
         await store.fetch("INSERT INTO amounts VALUES (1, 1) RETURNING id")
     assert (caught.value.constraint, caught.value.sqlstate) == ("amounts_pkey", "23505")
-    with pytest.raises(ConstraintRefused) as caught:
+    with pytest.raises(StoreRefused) as caught:
         async with store.transaction() as connection:
             await connection.execute("INSERT INTO at_commit VALUES ('refuse')")
     assert (caught.value.constraint, caught.value.sqlstate) == ("closed_once", "CA001")
-    with pytest.raises(ConstraintRefused, match="P0001"):
+    with pytest.raises(StoreRefused, match="P0001"):
         await store.execute("DO $$ BEGIN RAISE EXCEPTION 'no'; END $$")
 
 
@@ -187,7 +185,7 @@ async def test_of_two_deadlocked_transactions_one_is_told_to_run_again(store: Da
                 barrier[mine].set()
                 await barrier[1 - mine].wait()
                 await connection.execute("UPDATE amounts SET amount = amount + 1 WHERE id = $1", second)
-        except Conflict:
+        except StoreConflict:
             conflicts.append(mine)
 
     async with trio.open_nursery() as nursery:
@@ -201,10 +199,10 @@ async def test_a_commit_that_rolled_back_says_so(store: Database) -> None:
     async def swallow() -> None:
         async with store.transaction() as connection:
             await connection.execute("INSERT INTO amounts VALUES (1, 1)")
-            with suppress(ConstraintRefused):
+            with suppress(StoreRefused):
                 await connection.execute("INSERT INTO amounts VALUES (2, -1)")
 
-    with pytest.raises(Conflict):
+    with pytest.raises(StoreConflict):
         await swallow()
     assert await store.fetch_value("SELECT count(*) FROM amounts") == 0
 
@@ -414,7 +412,7 @@ async def test_a_missed_deadline_is_unknown_and_the_line_comes_back(lines: tuple
 async def test_a_refused_statement_leaves_the_line_standing(lines: tuple[Database, Line]) -> None:
     _, line = lines
     pid = await pid_of(line)
-    with pytest.raises(ConstraintRefused) as caught:
+    with pytest.raises(StoreRefused) as caught:
         await line.run("INSERT INTO amounts VALUES (1, $1)", -5, deadline_seconds=5)
     assert caught.value.constraint == "amount_not_negative"
     with pytest.raises(StatementRejected):
@@ -429,7 +427,7 @@ async def test_a_changed_table_costs_a_line_one_conflict(lines: tuple[Database, 
     await store.execute("INSERT INTO amounts VALUES (1, 1)")
     await line.run("SELECT * FROM amounts", deadline_seconds=5)
     await store.execute("ALTER TABLE amounts ADD COLUMN note text")
-    with pytest.raises(Conflict):
+    with pytest.raises(StoreConflict):
         await line.run("SELECT * FROM amounts", deadline_seconds=5)
     assert await tuples(line, "SELECT * FROM amounts") == [(1, 1, None)]
 
@@ -475,10 +473,10 @@ async def test_a_line_transaction_commits_or_rolls_back_as_one(lines: tuple[Data
 
     async def swallow() -> None:
         async with line.transaction(deadline_seconds=5) as inside:
-            with suppress(ConstraintRefused):
+            with suppress(StoreRefused):
                 await inside.run("INSERT INTO amounts VALUES (5, -5)", deadline_seconds=5)
 
-    with pytest.raises(Conflict):
+    with pytest.raises(StoreConflict):
         await swallow()
     assert await tuples(line, "SELECT id FROM amounts ORDER BY id") == [(1,), (2,)]
 

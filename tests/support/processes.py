@@ -257,7 +257,8 @@ class Caller:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.close()
+        with trio.move_on_after(1, shield=True):
+            await self.close()
 
     @property
     def connected(self) -> bool:
