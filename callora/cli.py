@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from callora.config import ConfigurationInvalid, Settings, load_settings
+from callora.http.gateway.listener import open_listener
 from callora.ledger.faults import CalloraFault
 from callora.logs import Logs
 from callora.service import Context, Ledger, Serving, SystemClock, serve
@@ -77,30 +78,52 @@ def _said(error: BaseException) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
 
 
-@asynccontextmanager
-async def _stopping(*, until_stdin_ends: bool = False) -> AsyncIterator[trio.Event]:
-    """Yield an event that the first SIGTERM or SIGINT sets; later ones join the drain under way.
+class _Stop:
+    """What SIGTERM and SIGINT do: before calls are taken they end the start, from then on they begin the drain."""
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.starting = trio.CancelScope()
+        self.started = False
+
+    def now(self) -> None:
+        """Stop; called again, it joins the stop under way."""
+        self.event.set()
+        if not self.started:
+            self.starting.cancel()
+
+    def as_drain(self) -> trio.Event:
+        """Return the event that begins the drain; from here on stopping cancels nothing."""
+        self.started = True
+        return self.event
+
+
+async def _run_until_stopped(main: Callable[[_Stop], Awaitable[int]], *, until_stdin_ends: bool = False) -> int:
+    """Run what SIGTERM and SIGINT can stop, and return its exit code; 0 where it was stopped before it took calls.
 
     Args:
-        until_stdin_ends: whether the end of our standard input, a pipe that our parent holds open, sets it as well.
+        until_stdin_ends: whether the end of our standard input, a pipe that our parent holds open, stops it as well.
     """
-    stop = trio.Event()
+    stop = _Stop()
+    code = 0
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
 
             async def listen() -> None:
                 async for _ in signals:
-                    stop.set()
+                    stop.now()
 
             async def outlive() -> None:
                 await trio.lowlevel.wait_readable(sys.stdin.fileno())
-                stop.set()
+                stop.now()
 
             nursery.start_soon(listen)
             if until_stdin_ends:
                 nursery.start_soon(outlive)
-            yield stop
+            with stop.starting:
+                code = await main(stop)
             nursery.cancel_scope.cancel()
+    return code
 
 
 @asynccontextmanager
@@ -167,37 +190,30 @@ def serve_command(data_dir: Path, workers: int, shared_port: bool, until_stdin_e
     async def run() -> int:
         with _logs(settings, clock) as logs:
             logs.capture_structlog()
-            if workers > 1:
-                return await _serve_by_workers(settings, data_dir, workers, logs)
-            async with (
-                _stopping(until_stdin_ends=until_stdin_ends) as stop,
-                _migrated_database_url(settings, data_dir, clock) as dsn,
-            ):
-                return await serve(Context.make(settings, logs, clock), dsn, stop, shared_port=shared_port)
+
+            async def main(stop: _Stop) -> int:
+                if workers > 1:
+                    # Workers share the port with whoever asks for that: one in use has to be noticed before.
+                    open_listener(settings.host, settings.port, shared=False).close()
+                async with _database_url(settings, data_dir, shared=False) as dsn:
+                    if settings.database_dsn is None:
+                        await _migrate(dsn, clock)
+                    if workers > 1:
+                        return await _run_workers(dsn, workers, stop, logs)
+                    context = Context.make(settings, logs, clock)
+                    return await serve(context, dsn, stop.as_drain(), shared_port=shared_port)
+
+            return await _run_until_stopped(main, until_stdin_ends=until_stdin_ends)
 
     _run(run)
 
 
-@asynccontextmanager
-async def _migrated_database_url(settings: Settings, data_dir: Path, clock: SystemClock) -> AsyncIterator[str]:
-    """Yield the database's URL; an embedded one is brought up to date first, a configured one is its operator's."""
-    async with _database_url(settings, data_dir, shared=False) as dsn:
-        if settings.database_dsn is None:
-            await _migrate(dsn, clock)
-        yield dsn
-
-
-async def _serve_by_workers(settings: Settings, data_dir: Path, workers: int, logs: Logs) -> int:
-    from callora.http.gateway.listener import open_listener
+async def _run_workers(dsn: str, count: int, stop: _Stop, logs: Logs) -> int:
     from callora.workers import run_workers
 
-    # Workers share the port with whoever asks for that, so that a port in use has to be noticed before.
-    open_listener(settings.host, settings.port, shared=False).close()
-    async with _migrated_database_url(settings, data_dir, SystemClock()) as dsn:
-        environ = {**os.environ, "DATABASE_URL": dsn}
-        return await run_workers(
-            workers, ["serve", "--shared-port", "--until-stdin-ends"], environ, logs.logger("workers")
-        )
+    environ = {**os.environ, "DATABASE_URL": dsn}
+    arguments = ["serve", "--shared-port", "--until-stdin-ends"]
+    return await run_workers(count, arguments, environ, stop.as_drain(), logs.logger("workers"))
 
 
 @main.command()
@@ -232,14 +248,18 @@ def dev(data_dir: Path, port: int | None, as_json: bool) -> None:
         with _logs(settings, clock) as logs:
             logs.capture_structlog()
             context = Context.make(settings, logs, clock)
-            async with _stopping() as stop, _database_url(settings, data_dir, shared=False) as dsn:
-                await _migrate(dsn, clock)
-                return await _serve_demo(context, dsn, data_dir, stop, as_json=as_json)
+
+            async def main(stop: _Stop) -> int:
+                async with _database_url(settings, data_dir, shared=False) as dsn:
+                    await _migrate(dsn, clock)
+                    return await _serve_demo(context, dsn, data_dir, stop, as_json=as_json)
+
+            return await _run_until_stopped(main)
 
     _run(run)
 
 
-async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: trio.Event, *, as_json: bool) -> int:
+async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: _Stop, *, as_json: bool) -> int:
     from callora.demo import Demo, dev_credentials, ensure_demo
     from callora.demo_upstream import serve_demo_upstream
 
@@ -276,7 +296,7 @@ async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: trio.Eve
             }
             click.echo(json.dumps(facts) if as_json else _welcome(serving.url, credentials.consumer_api_key))
 
-        code = await serve(context, dsn, stop, prepare=prepare, on_ready=show)
+        code = await serve(context, dsn, stop.as_drain(), prepare=prepare, on_ready=show)
         nursery.cancel_scope.cancel()
     return code
 

@@ -75,25 +75,24 @@ class _Watch:
 
 
 async def run_workers(
-    count: int, arguments: Sequence[str], environ: Mapping[str, str], log: FilteringBoundLogger
+    count: int, arguments: Sequence[str], environ: Mapping[str, str], stop: trio.Event, log: FilteringBoundLogger
 ) -> int:
-    """Run workers until SIGTERM or SIGINT, then until each has drained; return the worst of their exit codes.
+    """Run workers until `stop` is set, then until each has drained; return the worst of their exit codes.
 
     Args:
         count: how many.
         arguments: of `callora` for one worker.
     """
     watch = _Watch(arguments, environ, log)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery:
 
-            async def forward() -> None:
-                async for _ in signals:
-                    watch.stop()
+        async def forward() -> None:
+            await stop.wait()
+            watch.stop()
 
-            nursery.start_soon(forward)
-            async with trio.open_nursery() as workers:
-                for _ in range(count):
-                    workers.start_soon(watch.keep_one)
-            nursery.cancel_scope.cancel()
+        nursery.start_soon(forward)
+        async with trio.open_nursery() as workers:
+            for _ in range(count):
+                workers.start_soon(watch.keep_one)
+        nursery.cancel_scope.cancel()
     return watch.exit_code

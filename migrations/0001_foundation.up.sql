@@ -142,6 +142,8 @@ CREATE TRIGGER closed_stays_closed BEFORE UPDATE ON usage_events
     FOR EACH ROW WHEN (OLD.state <> 'held') EXECUTE FUNCTION refuse_rewrite();
 CREATE TRIGGER never_deleted BEFORE DELETE ON usage_events
     FOR EACH ROW EXECUTE FUNCTION refuse_rewrite();
+CREATE TRIGGER never_emptied BEFORE TRUNCATE ON usage_events
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_rewrite();
 
 -- Every change of a balance that is not a captured usage event. A captured event is its own entry; vault_statement
 -- unites both.
@@ -162,6 +164,8 @@ CREATE INDEX ledger_entries_refunds ON ledger_entries (vault_id, event_id) WHERE
 
 CREATE TRIGGER entries_never_rewritten BEFORE UPDATE OR DELETE ON ledger_entries
     FOR EACH ROW EXECUTE FUNCTION refuse_rewrite();
+CREATE TRIGGER entries_never_emptied BEFORE TRUNCATE ON ledger_entries
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_rewrite();
 
 -- Σ refunds of an event never exceeds what was captured. The vault's row is locked by every writer of its refunds, and
 -- a volatile function reads what was committed before that lock was given.

@@ -75,6 +75,14 @@ _CHECKS: Final = (
         """,
     ),
     Check(
+        "a closed event keeps to what it held, and has an amount exactly when it is captured",
+        """
+        SELECT count(*) AS wrong, min(event_id::text) AS example FROM usage_events
+        WHERE amount < 0 OR amount > held_amount OR (state = 'captured') <> (amount IS NOT NULL)
+              OR (state = 'held') <> (closed_at IS NULL)
+        """,
+    ),
+    Check(
         "a captured event names what was delivered",
         """
         SELECT count(*) AS wrong, min(event_id::text) AS example FROM usage_events
@@ -93,12 +101,13 @@ _CHECKS: Final = (
         """,
     ),
     Check(
-        "a vault's entries are numbered without repetition up to its counter",
+        "a vault's entries are numbered without a gap up to its counter",
         """
         SELECT count(*) AS wrong, min(vault_id::text) AS example FROM (
             SELECT v.vault_id FROM vaults v
-            LEFT JOIN (SELECT vault_id, max(seq) AS last FROM ledger_entries GROUP BY 1) e ON e.vault_id = v.vault_id
-            WHERE v.entry_seq <> coalesce(e.last, 0)
+            LEFT JOIN (SELECT vault_id, max(seq) AS last, count(*) AS entries FROM ledger_entries GROUP BY 1) e
+                ON e.vault_id = v.vault_id
+            WHERE v.entry_seq <> coalesce(e.last, 0) OR v.entry_seq <> coalesce(e.entries, 0)
         ) AS w
         """,
     ),

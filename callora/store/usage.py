@@ -6,10 +6,12 @@ from typing import Final
 
 import attrs
 
+from callora.ledger.faults import StoreRefused
 from callora.ledger.ids import EventId, VaultId
 from callora.ledger.money import Stroops
-from callora.store.bridge import Database, Row
+from callora.store.bridge import Database, Row, StatementRejected
 
+DUPLICATE_TABLE: Final = "42P07"
 MONTHS_AHEAD: Final = 1
 
 FIRST: Final = EventId("00000000-0000-0000-0000-000000000000")
@@ -82,7 +84,8 @@ async def still_open(database: Database, holds: Sequence[OpenHold]) -> Sequence[
 async def ensure_partitions(database: Database, now: datetime) -> list[str]:
     """Make the monthly partitions of usage_events from this month to MONTHS_AHEAD later; return those made.
 
-    A month's bounds are the least UUIDv7 of its first millisecond and of the next month's.
+    A month's bounds are the least UUIDv7 of its first millisecond and of the next month's. A month that has rows in the
+    default partition already keeps them there; another process may be making the same partitions.
     """
     made: list[str] = []
     first = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
@@ -91,11 +94,17 @@ async def ensure_partitions(database: Database, now: datetime) -> list[str]:
         name = f"usage_events_{first:%Y_%m}"
         if not await database.fetch_value(_PARTITION_EXISTS, name):
             # Names and bounds are made of digits only, and DDL takes no parameters.
-            await database.execute(
-                f"CREATE TABLE IF NOT EXISTS {name} PARTITION OF usage_events"
-                f" FOR VALUES FROM ('{_least_id(first)}') TO ('{_least_id(following)}') WITH (fillfactor = 45)"
-            )
-            made.append(name)
+            try:
+                await database.execute(
+                    f"CREATE TABLE IF NOT EXISTS {name} PARTITION OF usage_events"
+                    f" FOR VALUES FROM ('{_least_id(first)}') TO ('{_least_id(following)}') WITH (fillfactor = 45)"
+                )
+                made.append(name)
+            except StoreRefused:
+                pass  # rows of this month are in the default partition, where the audit shows them
+            except StatementRejected as error:
+                if error.sqlstate != DUPLICATE_TABLE:
+                    raise
         first = following
     return made
 

@@ -38,7 +38,7 @@ async def test_a_fault_is_raised_where_the_reply_is_awaited() -> None:
         await reply.wait()
 
 
-async def test_a_command_is_answered_once() -> None:
+def test_a_command_is_answered_once() -> None:
     reply: Reply[int] = Reply()
     reply.resolve(1)
     with pytest.raises(AssertionError):

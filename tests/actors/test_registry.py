@@ -23,7 +23,7 @@ from callora.ledger.outcomes import (
 )
 from callora.ledger.vault import VaultState
 from tests.simulation.store import Fate, Scripted, SimulatedStore, Tables
-from tests.simulation.support import OTHER_VAULT, VAULT, captured, event, place, released, running
+from tests.simulation.support import CHARGED, OTHER_VAULT, VAULT, captured, event, place, released, running
 
 
 def store_with(available: int = 1000, **fates: list[Fate]) -> SimulatedStore:
@@ -43,6 +43,19 @@ class Switch:
     def refuse(self, state: VaultState, command: PlaceHold) -> PolicyRefused | None:
         """Crash, or allow."""
         if self.on:
+            raise ZeroDivisionError
+        return None
+
+
+@attrs.frozen
+class CrashesAt:
+    """A policy that crashes at one hold."""
+
+    hold: PlaceHold
+
+    def refuse(self, state: VaultState, command: PlaceHold) -> PolicyRefused | None:
+        """Crash, or allow."""
+        if command == self.hold:
             raise ZeroDivisionError
         return None
 
@@ -198,24 +211,28 @@ async def test_a_vault_that_fails_closed_answers_all_it_has_even_what_is_with_th
     autojump_clock: MockClock,
 ) -> None:
     switch = Switch(on=False)
-    # The capture's round is lost to a fault, so it would be tried again by an actor that is no more.
+    # The capture's round comes to nothing, so an actor that is no more would try it again.
     store = store_with(round=["ok", "ok", "unavailable"])
     async with running(store, policies=lambda _: [switch]) as at:
         await at.ask(place(1, 1))
         await at.ask(place(2, 1))
-        store.gate = trio.Event()
-        with_the_writer = [at.send(captured(1, 1)), at.send(place(3, 1)), at.send(released(3, 1))]
-        await wait_all_tasks_blocked()
         switch.on = True
-        crashed = []
-        for number in range(RESTARTS_MAX + 1):
-            crashed += [at.send(place(100 + number, 1)), at.send(released(100 + number, 1))]
+        for number in range(RESTARTS_MAX):
+            assert await outcome_of(at.send(place(100 + number, 1))) == "OutcomeUnknown"
             await trio.sleep(0.5)
+        switch.on = False
+        store.gate = trio.Event()
+        crash = PlaceHold(event(200), Stroops(1), 60, CHARGED)
+        at.registry._actors[VAULT]._policies = [CrashesAt(crash)]
+        with_the_writer = [at.send(place(3, 1)), at.send(captured(1, 1)), at.send(captured(2, 1))]
+        in_hand = [at.send(released(3, 1)), at.send(crash), at.send(released(200, 1))]
+        await wait_all_tasks_blocked()
         assert at.registry.active == 0
+        assert [await outcome_of(each) for each in in_hand[1:]] == ["OutcomeUnknown"] * 2
         store.gate.set()
-        await trio.sleep(10)
-        assert all(each.reply.settled for each in (*with_the_writer, *crashed))
-        assert await outcome_of(with_the_writer[0]) == "OutcomeUnknown"
+        assert await outcome_of(with_the_writer[0]) == "StoreUnavailable"
+        for each in (*with_the_writer[1:], in_hand[0]):
+            assert await outcome_of(each) == "OutcomeUnknown", "nobody is left to try it again"
 
 
 async def test_rare_crashes_never_close_a_vault(autojump_clock: MockClock) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import trio
 
 from callora.actors.compensation import Compensator
 from callora.actors.mailbox import Envelope
@@ -203,6 +204,7 @@ def answer_an_interrupted_round_as_not_written(patch: pytest.MonkeyPatch) -> Non
 
 def compensate_nothing(patch: pytest.MonkeyPatch) -> None:
     async def undo(self: Compensator, call: Any) -> bool:
+        await trio.lowlevel.checkpoint()
         return True
 
     patch.setattr(Compensator, "_undo", undo)

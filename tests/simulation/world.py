@@ -82,7 +82,8 @@ class Cap:
 
     def refuse(self, state: VaultState, command: PlaceHold) -> PolicyRefused | None:
         """Return why the hold may not be placed, or None."""
-        if self.world.weather.stormy and self.world.random.random() < 0.01:
+        bad_spell = trio.current_time() < self.world.bad_spell_until
+        if self.world.weather.stormy and self.world.random.random() < (0.6 if bad_spell else 0.01):
             raise RuntimeError("a policy with a bug")
         return PolicyRefused("CAPPED", {}) if state.held + command.amount > HELD_MAX else None
 
@@ -370,6 +371,8 @@ class World:
         self.tables.add_vault(RICH, 5000)
         self.calls: list[Call] = []
         self.busy = 0
+        self.bad_spell_until = 0.0
+        """Until then a policy crashes so often that its vault fails closed."""
         self._numbers = 0
         self._unknown_refs: list[tuple[VaultId, Command]] = []
 
@@ -428,6 +431,8 @@ class World:
         elif chance < 0.985 and vault_id != SOLO:
             self._interfere(vault_id)
         elif chance < 0.99:
+            self.bad_spell_until = trio.current_time() + random.choice((0.2, 2.0))
+        elif chance < 0.995:
             process.send(MISSING, PlaceHold(self._event(), Stroops(1), 5, CHARGED))
         else:
             self._check_cache(processes[0])

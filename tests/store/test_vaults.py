@@ -351,6 +351,51 @@ async def test_a_locked_round_decides_on_the_stored_state_and_never_loses(ledger
     assert await ledger.balance(vault_id) == (0, 100)
 
 
+async def test_a_locked_round_that_decides_nothing_stores_nothing(ledger: RealLedger) -> None:
+    vault_id = await ledger.vault(100)
+    before = await ledger.state(vault_id)
+    share, result = await ledger.store.commit_locked_round(
+        vault_id, lambda state: Share(vault_id, state.version, guarded=True)
+    )
+    assert not (share.holds or result.lost or result.drifted or result.missed)
+    assert await ledger.state(vault_id) == before
+
+
+async def test_vaults_asked_for_together_are_each_given_their_own_state(ledger: RealLedger) -> None:
+    vault_ids = [await ledger.vault(number + 1) for number in range(20)]
+    got: dict[VaultId, VaultState] = {}
+
+    async def load(vault_id: VaultId) -> None:
+        got.update(await ledger.store.load_vaults([vault_id]))
+
+    async with trio.open_nursery() as nursery:
+        for vault_id in vault_ids * 3:
+            nursery.start_soon(load, vault_id)
+    assert [got[each].available for each in vault_ids] == list(range(1, 21))
+
+
+async def test_a_reading_begun_after_a_commit_shows_it_whoever_else_is_reading(ledger: RealLedger) -> None:
+    vault_id = await ledger.vault(1)
+    stale: list[int] = []
+
+    async def read() -> None:
+        for _ in range(20):
+            stored = int(await ledger.database.fetch_value("SELECT available FROM vaults"))
+            seen = (await ledger.store.load_vaults([vault_id]))[vault_id].available
+            if seen < stored:
+                stale.append(seen)
+
+    async def deposit() -> None:
+        for number in range(40):
+            await ledger.locked(vault_id, Deposit(Stroops(1), f"d-{number}"))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(read)
+        nursery.start_soon(deposit)
+    assert stale == [], "a refusal on such a state would be wrong"
+
+
 async def test_a_crash_inside_a_locked_round_stores_nothing(ledger: RealLedger) -> None:
     vault_id = await ledger.vault(100)
 

@@ -1,0 +1,98 @@
+"""The audit finds every corruption, and calls a clean ledger clean."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from callora.ledger.commands import (
+    Delivery,
+    IdempotencyClaim,
+    PlaceHold,
+    Refund,
+    StoredAnswer,
+    Withdraw,
+    capture,
+    release,
+)
+from callora.ledger.money import Stroops
+from callora.store import audit as audits
+from callora.store.bridge import Database
+from tests.simulation.ledgers import NOON, RealLedger, TestClock, real_ledger
+from tests.simulation.support import CHARGED, DELIVERED
+
+PLANTED = {
+    "no vault has a negative balance": "UPDATE vaults SET available = -1",
+    "what a vault holds is the sum of its open holds": "UPDATE vaults SET held = held + 1, available = available - 1",
+    "every balance is deposits − withdrawals − captures + refunds": "UPDATE vaults SET available = available + 1",
+    "no hold outlives its time": "UPDATE usage_events SET expires_at = created_at - interval '1 hour'"
+    " WHERE state = 'held'",
+    "every usage event belongs to a vault": "UPDATE usage_events SET vault_id = gen_random_uuid()"
+    " WHERE state = 'released'",
+    "a closed event keeps to what it held, and has an amount exactly when it is captured": "UPDATE usage_events"
+    " SET amount = held_amount + 1 WHERE state = 'captured'",
+    "a captured event names what was delivered": "UPDATE usage_events SET status = NULL WHERE state = 'captured'",
+    "no event is refunded beyond its capture": "UPDATE ledger_entries SET amount = 1000 WHERE kind = 'refund'",
+    "a vault's entries are numbered without a gap up to its counter": "UPDATE ledger_entries SET seq = 7 WHERE seq = 2",
+    "an answered idempotency key belongs to a closed event and names its charge": "UPDATE idempotency_keys"
+    " SET charge = charge + 1",
+    "no usage event fell into the default partition": "INSERT INTO usage_events SELECT vault_id,"
+    " '00000000-0000-7000-8000-000000000000', api_key_id, developer_id, api_id, endpoint_id, 0, created_at,"
+    " expires_at, price_version, 'released', NULL, NULL, NULL, NULL, NULL, closed_at FROM usage_events"
+    " WHERE state = 'released'",
+}
+"""A corruption for each rule, written where no trigger and no foreign key looks."""
+
+
+@pytest.fixture
+async def ledger(database: Database) -> AsyncIterator[RealLedger]:
+    """A ledger in which something of everything has happened."""
+    async with real_ledger(database, TestClock()) as opened:
+        vault_id = await opened.vault(1000)
+        spent, given_back, still_open, keyed = (opened.event() for _ in range(4))
+        claim = IdempotencyClaim("k", bytes(32), None, 3600)
+        for event_id in (spent, given_back, still_open, keyed):
+            hold = PlaceHold(event_id, Stroops(100), 60, CHARGED, claim if event_id == keyed else None)
+            await opened.store.commit_round([await opened.share(vault_id, hold)])
+        answer = StoredAnswer("k", 200, b"", b"body", Stroops(70))
+        for close in (
+            capture(spent, Stroops(100), Stroops(60), DELIVERED),
+            release(given_back, Stroops(100), Delivery("client_gone")),
+            capture(keyed, Stroops(100), Stroops(70), DELIVERED, answer),
+        ):
+            await opened.store.commit_round([await opened.share(vault_id, close)])
+        await opened.locked(vault_id, Refund(spent, Stroops(20), "r"))
+        await opened.locked(vault_id, Withdraw(Stroops(5), "w"))
+        yield opened
+
+
+async def test_a_clean_ledger_is_called_clean(ledger: RealLedger) -> None:
+    assert await ledger.findings() == []
+
+
+def test_a_corruption_is_planted_for_every_rule() -> None:
+    assert sorted(PLANTED) == sorted(check.rule for check in audits._CHECKS)
+
+
+@pytest.mark.parametrize("rule", PLANTED)
+async def test_every_corruption_is_found(ledger: RealLedger, rule: str) -> None:
+    database = ledger.database
+    names = await database.fetch(
+        "SELECT conrelid::regclass::text AS table, conname FROM pg_constraint"
+        " WHERE contype = 'c' AND conparentid = 0 AND conislocal"
+        " AND conrelid::regclass::text IN ('vaults', 'usage_events', 'ledger_entries', 'idempotency_keys')"
+    )
+    for row in names:
+        await database.execute(f"ALTER TABLE {row['table']} DROP CONSTRAINT {row['conname']}")
+    async with database.acquire() as connection:
+        await connection.execute("SET session_replication_role = replica")
+        assert await connection.execute(PLANTED[rule]) not in ("UPDATE 0", "INSERT 0 0")
+    found = await audits.audit(database, NOON)
+    assert rule in [each.rule for each in found if each.wrong]
+    assert all(each.example for each in found if each.wrong), "an example to look at"
+
+
+async def test_a_hold_that_is_only_just_due_is_the_sweeps_and_no_finding(ledger: RealLedger) -> None:
+    ledger.clock.advance(60 + audits.GRACE.total_seconds() - 1)
+    assert await ledger.findings() == []
+    ledger.clock.advance(2)
+    assert await ledger.findings() == ["no hold outlives its time"]
