@@ -7,7 +7,7 @@ CREATE TYPE usage_state AS ENUM ('held', 'captured', 'released', 'expired');
 CREATE TABLE plans (
     plan_id               text PRIMARY KEY CHECK (plan_id ~ '^[a-z][a-z0-9_-]{0,62}$'),
     name                  text NOT NULL,
-    rate_limit_per_minute integer NOT NULL CHECK (rate_limit_per_minute > 0),
+    rate_limit_per_minute integer CHECK (rate_limit_per_minute > 0),
     active                boolean NOT NULL DEFAULT true
 );
 

@@ -117,9 +117,31 @@ class VaultActor:
         return self.depth + self._staked + len(self._hand) + len(self._doubted) + len(self._again)
 
     def send(self, envelope: Envelope) -> None:
-        """Queue a command. Never blocks and never refuses; the registry bounds what may be refused."""
-        self.depth += 1
-        self.outbox.send_nowait(envelope)
+        """Take a command. Never blocks and never refuses; the registry bounds what may be refused.
+
+        With nothing before it and a cached state that admits it, a hold or a close is decided here and now: between
+        checkpoints there is one thread of control, so this is the mailbox with nothing in it, less two task switches a
+        command. Everything else is queued for the actor's own task.
+        """
+        command = envelope.command
+        if (
+            self._state is None
+            or self.depth
+            or self._hand
+            or self._doubted
+            or self._again
+            or not isinstance(command, PlaceHold | CloseHold)
+            or not self._decide_at_once(envelope, command)
+        ):
+            self.depth += 1
+            self.outbox.send_nowait(envelope)
+
+    def _decide_at_once(self, envelope: Envelope, command: PlaceHold | CloseHold) -> bool:
+        try:
+            return self._decide(envelope, command, final=False)
+        except Exception:
+            # It will crash again in the actor's own task, where a supervisor sees it.
+            return False
 
     async def run(self) -> None:
         """Carry out commands until the mailbox is closed and empty and every decision is stored.

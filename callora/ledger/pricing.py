@@ -142,11 +142,12 @@ class EndpointTable:
         if b"." in plain and _DOT_SEGMENT.search(plain) is not None:
             raise AmbiguousPath("The path must not contain dot segments; send the path that they lead to.")
         found = self._find(method, path)
-        if b"%" in path or b"//" in path or b"\\" in path:
-            meant = self._find(method, _SLASHES.sub(b"/", plain))
+        literal = found is not None and found.path.encode() == path
+        if not literal and (b"%" in path or b"//" in path or b"\\" in path or (path[-1:] == b"/" and path != b"/")):
+            meant = self._find(method, _SLASHES.sub(b"/", plain).rstrip(b"/") or b"/")
             if meant is not found:
                 raise AmbiguousPath(
-                    "The path can be read as two endpoints; send it decoded and without empty segments."
+                    "The path can be read as two endpoints; send it decoded, without empty segments or a last slash."
                 )
         return found
 

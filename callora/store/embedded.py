@@ -327,7 +327,8 @@ class EmbeddedPostgres:
     def _make_cluster(self, account: _Account) -> None:
         """Make the data directory beside its place and move it there whole: a crash leaves nothing half-made."""
         for leftover in self.data_dir.glob("postgres.new-*"):
-            shutil.rmtree(leftover)
+            # One whose maker was killed may be written to for a moment; then it is left for the next first start.
+            shutil.rmtree(leftover, ignore_errors=True)
         unfinished = Path(tempfile.mkdtemp(prefix="postgres.new-", dir=self.data_dir))
         account.own(unfinished)
         durable = self._settings.get("fsync", "on") != "off"
@@ -371,9 +372,9 @@ class EmbeddedPostgres:
         assert self._account is not None
         assert self._binaries is not None
         account = self._account
-        ended = subprocess.run(
+        process = subprocess.Popen(
             [*account.prefix, str(self._binaries / program), *arguments],
-            input=text.encode(),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd="/",
@@ -381,14 +382,33 @@ class EmbeddedPostgres:
             user=account.user,
             group=account.group,
             extra_groups=None if account.user is None else [],
-            timeout=START_SECONDS,
-            check=False,
+            start_new_session=True,
         )
-        said = ended.stdout.decode(errors="replace")
+        with process:
+            try:
+                output = self._output_of(process, text.encode())
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()  # ends when its children, who hold the other end, have ended too
+                raise
+        said = output.decode(errors="replace")
         # The single-user server tells of a failed statement, and ends well.
-        if ended.returncode != 0 or " ERROR: " in said or " FATAL: " in said:
-            raise EmbeddedFailed(f"{program} failed ({ended.returncode}):\n{said[-4000:]}")
+        if process.returncode != 0 or " ERROR: " in said or " FATAL: " in said:
+            raise EmbeddedFailed(f"{program} failed ({process.returncode}):\n{said[-4000:]}")
         return said
+
+    def _output_of(self, process: subprocess.Popen[bytes], text: bytes) -> bytes:
+        """Return what a program says up to its end, waited for in small steps: making a cluster takes seconds."""
+        deadline = time.monotonic() + START_SECONDS
+        unsent: bytes | None = text
+        while True:
+            try:
+                return process.communicate(unsent, timeout=_POLL_SECONDS)[0]
+            except subprocess.TimeoutExpired:
+                unsent = None  # taken at the first attempt; the others go on with it
+                self._pause(0)
+                if time.monotonic() > deadline:
+                    raise EmbeddedFailed(f"{process.args!r} did not end within {START_SECONDS:.0f} s") from None
 
     def _launch(self) -> None:
         """Start the server, again and again while an earlier one on the same data is still ending."""

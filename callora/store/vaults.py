@@ -59,7 +59,7 @@ LINE_SETTINGS: Final[Mapping[str, str]] = {
 
 _LOCKED: Final = """
 WITH wanted AS (
-    SELECT * FROM unnest(:vaults::uuid[], :needs::bigint[], :guards::bigint[], :decided::bigint[]) WITH ORDINALITY
+    SELECT * FROM unnest(@vaults::uuid[], @needs::bigint[], @guards::bigint[], @decided::bigint[]) WITH ORDINALITY
         AS w (vault_id, need, guard, decided, place)
 ), locked AS MATERIALIZED (
     SELECT w.place, v.vault_id, v.available, v.held, v.version, v.standing, w.decided,
@@ -69,7 +69,9 @@ WITH wanted AS (
     ORDER BY v.vault_id
     FOR UPDATE OF v
 ), winners AS MATERIALIZED (
-    SELECT CASE count(*) WHEN cardinality(:vaults::uuid[]) THEN array_agg(won ORDER BY place) END AS won FROM locked
+    SELECT CASE count(*) WHEN (SELECT count(*) FROM wanted) THEN array_agg(won ORDER BY place) END AS won,
+           array_agg(vault_id ORDER BY place) AS vaults
+    FROM locked
 )"""
 
 _CLOSED: Final = """, closed AS (
@@ -77,19 +79,19 @@ _CLOSED: Final = """, closed AS (
     SET state = c.state::usage_state, amount = CASE c.state WHEN 'captured' THEN c.amount END, status = c.status,
         latency_us = c.latency_us, request_bytes = c.request_bytes, response_bytes = c.response_bytes,
         outcome = c.outcome, closed_at = :now::timestamptz
-    FROM unnest(:close_places::int[], :close_events::uuid[], :close_states::text[], :close_amounts::bigint[],
-                :close_statuses::smallint[], :close_latencies::int[], :close_requests::bigint[],
-                :close_responses::bigint[], :close_outcomes::text[])
+    FROM unnest(@close_places::int[], @close_events::uuid[], @close_states::text[], @close_amounts::bigint[],
+                @close_statuses::smallint[], @close_latencies::int[], @close_requests::bigint[],
+                @close_responses::bigint[], @close_outcomes::text[])
          AS c (place, event_id, state, amount, status, latency_us, request_bytes, response_bytes, outcome),
          winners w
-    WHERE w.won[c.place] AND u.vault_id = (:vaults::uuid[])[c.place] AND u.event_id = c.event_id AND u.state = 'held'
+    WHERE w.won[c.place] AND u.vault_id = w.vaults[c.place] AND u.event_id = c.event_id AND u.state = 'held'
           AND (c.state <> 'expired' OR u.expires_at <= :now::timestamptz)
     RETURNING u.vault_id, u.event_id, u.held_amount, coalesce(u.amount, 0) AS amount
 )"""
 
 _CLAIMED: Final = """, claimed AS (
     INSERT INTO idempotency_keys AS k (vault_id, key, fingerprint, event_id, replaces, state, created_at, expires_at)
-    SELECT DISTINCT ON (i.place, i.key) (:vaults::uuid[])[i.place], i.key, i.fingerprint, i.event_id, i.replaces,
+    SELECT DISTINCT ON (i.place, i.key) w.vaults[i.place], i.key, i.fingerprint, i.event_id, i.replaces,
            'started', :now::timestamptz, :now::timestamptz + i.retention * interval '1 second'
     FROM unnest(:claim_places::int[], :claim_keys::text[], :claim_fingerprints::bytea[], :claim_events::uuid[],
                 :claim_replaces::uuid[], :claim_retentions::int[])
@@ -110,20 +112,20 @@ _ANSWERED: Final = """, answered AS (
         status = a.status, head = a.head, body = a.body, charge = a.charge
     FROM unnest(:answer_places::int[], :answer_keys::text[], :answer_events::uuid[], :answer_statuses::smallint[],
                 :answer_heads::bytea[], :answer_bodies::bytea[], :answer_charges::bigint[])
-         AS a (place, key, event_id, status, head, body, charge)
+         AS a (place, key, event_id, status, head, body, charge), winners w
     WHERE a.event_id IN (SELECT event_id FROM closed)
-          AND k.vault_id = (:vaults::uuid[])[a.place] AND k.key = a.key AND k.event_id = a.event_id
+          AND k.vault_id = w.vaults[a.place] AND k.key = a.key AND k.event_id = a.event_id
           AND k.state = 'started'
 )"""
 
 _PLACED: Final = """, placed AS (
     INSERT INTO usage_events (vault_id, event_id, api_key_id, developer_id, api_id, endpoint_id, held_amount,
                               price_version, created_at, expires_at)
-    SELECT (:vaults::uuid[])[h.place], h.event_id, h.api_key_id, h.developer_id, h.api_id, h.endpoint_id,
+    SELECT w.vaults[h.place], h.event_id, h.api_key_id, h.developer_id, h.api_id, h.endpoint_id,
            h.held_amount, h.price_version, :now::timestamptz, :now::timestamptz + h.ttl * interval '1 second'
-    FROM unnest(:hold_places::int[], :hold_events::uuid[], :hold_keys::uuid[], :hold_developers::uuid[],
-                :hold_apis::bigint[], :hold_endpoints::bigint[], :hold_amounts::bigint[], :hold_versions::int[],
-                :hold_ttls::int[])
+    FROM unnest(@hold_places::int[], @hold_events::uuid[], @hold_keys::uuid[], @hold_developers::uuid[],
+                @hold_apis::bigint[], @hold_endpoints::bigint[], @hold_amounts::bigint[], @hold_versions::int[],
+                @hold_ttls::int[])
          AS h (place, event_id, api_key_id, developer_id, api_id, endpoint_id, held_amount, price_version, ttl),
          winners w
     WHERE w.won[h.place]{unless_taken}
@@ -156,7 +158,8 @@ UNION ALL
 SELECT NULL, NULL, NULL, NULL, NULL, NULL, e FROM unnest({events}::uuid[]) AS e
 WHERE e NOT IN (SELECT event_id FROM {done})"""
 
-_PARAMETER: Final = re.compile(r"(?<!:):([a-z_]+)")
+_PARAMETER: Final = re.compile(r"(?<!:)([:@])([a-z_]+)")
+"""`:name` is a parameter, `@name` one that is given as an array literal (`_array`)."""
 
 
 @attrs.frozen
@@ -182,12 +185,16 @@ class RoundStatement:
             text += _PLACED.format(unless_taken=_UNLESS_TAKEN if keyed else "")
         text += _MOVED.format(changes=" UNION ALL ".join(changes))
         if closes:
-            text += _MISSED.format(events=":close_events", done="closed")
+            text += _MISSED.format(events="@close_events", done="closed")
         if keyed and holds:
             text += _MISSED.format(events=":claim_events", done="claimed")
-        parameters = tuple(dict.fromkeys(_PARAMETER.findall(text)))
+        parameters = tuple(dict.fromkeys(name for _, name in _PARAMETER.findall(text)))
         numbers = {name: f"${number}" for number, name in enumerate(parameters, 1)}
-        return cls(_PARAMETER.sub(lambda match: numbers[match[1]], text), parameters)
+
+        def numbered(match: re.Match[str]) -> str:
+            return numbers[match[2]] + ("::text" if match[1] == "@" else "")
+
+        return cls(_PARAMETER.sub(numbered, text), parameters)
 
 
 STATEMENTS: Final[Mapping[tuple[bool, bool, bool], RoundStatement]] = {
@@ -458,42 +465,51 @@ class VaultStore:
 Columns = dict[str, object]
 
 
+def _array(values: Sequence[str | int | None]) -> str:
+    """Return an array literal of ids, words of ours and numbers, none of which needs quoting.
+
+    The driver asks of every element of a list whether it is a list itself, which costs more than the round's other work
+    in this process; a text is sent as it is, and PostgreSQL reads it in a fraction of that.
+    """
+    return "{" + ",".join(["NULL" if value is None else str(value) for value in values]) + "}"
+
+
 def _share_columns(shares: Sequence[Share]) -> Columns:
     return {
-        "vaults": [share.vault_id for share in shares],
-        "needs": [share.need if share.holds else _NO_HOLDS for share in shares],
-        "guards": [share.decided_version if share.guarded else UNGUARDED for share in shares],
-        "decided": [share.decided_version for share in shares],
+        "vaults": _array([share.vault_id for share in shares]),
+        "needs": _array([share.need if share.holds else _NO_HOLDS for share in shares]),
+        "guards": _array([share.decided_version if share.guarded else UNGUARDED for share in shares]),
+        "decided": _array([share.decided_version for share in shares]),
     }
 
 
 def _close_columns(closes: Sequence[tuple[int, CloseHold]]) -> Columns:
     deliveries = [close.delivery for _, close in closes]
     return {
-        "close_places": [place for place, _ in closes],
-        "close_events": [close.event_id for _, close in closes],
-        "close_states": [close.state for _, close in closes],
-        "close_amounts": [close.amount for _, close in closes],
-        "close_statuses": [delivery.status for delivery in deliveries],
-        "close_latencies": [delivery.latency_us for delivery in deliveries],
-        "close_requests": [delivery.request_bytes for delivery in deliveries],
-        "close_responses": [delivery.response_bytes for delivery in deliveries],
-        "close_outcomes": [delivery.outcome for delivery in deliveries],
+        "close_places": _array([place for place, _ in closes]),
+        "close_events": _array([close.event_id for _, close in closes]),
+        "close_states": _array([close.state for _, close in closes]),
+        "close_amounts": _array([close.amount for _, close in closes]),
+        "close_statuses": _array([delivery.status for delivery in deliveries]),
+        "close_latencies": _array([delivery.latency_us for delivery in deliveries]),
+        "close_requests": _array([delivery.request_bytes for delivery in deliveries]),
+        "close_responses": _array([delivery.response_bytes for delivery in deliveries]),
+        "close_outcomes": _array([delivery.outcome for delivery in deliveries]),
     }
 
 
 def _hold_columns(holds: Sequence[tuple[int, PlaceHold]]) -> Columns:
     charged = [hold.charged for _, hold in holds]
     return {
-        "hold_places": [place for place, _ in holds],
-        "hold_events": [hold.event_id for _, hold in holds],
-        "hold_keys": [each.api_key_id for each in charged],
-        "hold_developers": [each.developer_id for each in charged],
-        "hold_apis": [each.api_id for each in charged],
-        "hold_endpoints": [each.endpoint_id for each in charged],
-        "hold_amounts": [hold.amount for _, hold in holds],
-        "hold_versions": [each.price_version for each in charged],
-        "hold_ttls": [hold.ttl_seconds for _, hold in holds],
+        "hold_places": _array([place for place, _ in holds]),
+        "hold_events": _array([hold.event_id for _, hold in holds]),
+        "hold_keys": _array([each.api_key_id for each in charged]),
+        "hold_developers": _array([each.developer_id for each in charged]),
+        "hold_apis": _array([each.api_id for each in charged]),
+        "hold_endpoints": _array([each.endpoint_id for each in charged]),
+        "hold_amounts": _array([hold.amount for _, hold in holds]),
+        "hold_versions": _array([each.price_version for each in charged]),
+        "hold_ttls": _array([hold.ttl_seconds for _, hold in holds]),
     }
 
 

@@ -87,7 +87,9 @@ async def bench(*fates: Fate, vaults: int = 5, round_max: int = 100) -> AsyncIte
 
     async def run(*, task_status: trio.TaskStatus[None]) -> None:
         with scope:
-            await writer.run(task_status=task_status)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(writer.run)
+                task_status.started()
 
     async with trio.open_nursery() as nursery:
         await nursery.start(run)

@@ -133,8 +133,11 @@ async def test_a_call_cancelled_at_any_checkpoint_is_charged_or_not_and_never_bo
             assert end == "delivered: captured", "the last of a round is not cut at all"
             most = max(most, cut_at - 1)
         await assert_audit_clean(service.database)
-        charged = sum(count for end, count in ends.items() if "captured" in end) * PRICE
-        assert await service.balance(consumer) == (100 * 10_000_000 - charged, 0)
+        charged = [event for event in await service.events(consumer) if event[0] == "captured"]
+        assert await service.balance(consumer) == (100 * 10_000_000 - len(charged) * PRICE, 0)
+        # Each keyed call was tried again until it had its answer; the others were not.
+        captured = sum(count for end, count in ends.items() if "captured" in end)
+        assert len(charged) == (number if send is keyed else captured)
     assert service.exit_code == 0
     print(f"\n{send.__name__}: {number} calls, cut at each of {most} waits: {dict(ends)}")
     assert sum(count for end, count in ends.items() if end.startswith("cut")) >= 4 * rounds, "hardly a call was cut"
@@ -168,7 +171,20 @@ async def one_call(
         assert new == [("captured", "delivered", PRICE, 200)], (cut_at, new)
     else:
         assert state in ("no hold", "released"), (cut_at, new)
+    if send is keyed:
+        await retried(service, consumer, number, replayed=state == "captured")
     return knife, f"{'delivered' if delivered else 'cut'}: {state}"
+
+
+async def retried(service: RunningService, consumer: Consumer, number: int, *, replayed: bool) -> None:
+    """Try a keyed call again: what was captured is given again, what was not is done now."""
+    Cancelling.knife = Knife(cut_at=0)
+    async with RawClient.connect("127.0.0.1", service.port) as client:
+        await keyed(client, consumer, number)
+        response = await client.read_response("POST")
+    assert response.status == 200
+    assert response.body == b"012"
+    assert (response.header("Idempotent-Replayed") == "true") == replayed
 
 
 def gateway_tasks() -> Counter[str]:

@@ -125,15 +125,17 @@ async def running(
     registry = VaultRegistry(store, writer, METRICS, log.logger(), Random(0), policies, mailbox_max)
     writer_scope, registry_scope = trio.CancelScope(), trio.CancelScope()
 
-    async def in_scope(scope: trio.CancelScope, run: Any, *, task_status: trio.TaskStatus[None]) -> None:
+    async def run(scope: trio.CancelScope, task: Any, *, task_status: trio.TaskStatus[None]) -> None:
         with scope:
-            await run(task_status=task_status)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(task)
+                task_status.started()
 
     failure: BaseException | None = None
     async with trio.open_nursery() as writing:
-        await writing.start(in_scope, writer_scope, writer.run)
+        await writing.start(run, writer_scope, writer.run)
         async with trio.open_nursery() as acting:
-            await acting.start(in_scope, registry_scope, registry.run)
+            await acting.start(run, registry_scope, registry.run)
             try:
                 yield Running(registry, writer, log, acting, writer_scope, registry_scope)
             except Exception as error:  # raised outside, where the nurseries do not wrap it

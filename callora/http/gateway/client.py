@@ -10,7 +10,7 @@ from callora.http.gateway.heads import RequestHead, find_head_end, parse_request
 from callora.http.gateway.upstream import UpstreamConnection
 from callora.http.gateway.wire import Wire, WireBroken
 
-LINGER_BYTES_MAX: Final = 262_144
+LINGER_BYTES_MAX: Final = 4_194_304
 LINGER_SECONDS_MAX: Final = 1.0
 DISCARD_BYTES_MAX: Final = 65_536
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"

@@ -41,7 +41,10 @@ def _remembered(head: bytes) -> tuple[ResponseHead, bytes]:
 
 
 def _parsed(head: bytes) -> tuple[ResponseHead, bytes]:
-    return _remembered(head) if len(head) <= REMEMBERED_HEAD_BYTES_MAX else _remembered.__wrapped__(head)
+    # A cookie is somebody's secret, and not likely to come twice.
+    if len(head) > REMEMBERED_HEAD_BYTES_MAX or b"ookie" in head:
+        return _remembered.__wrapped__(head)
+    return _remembered(head)
 
 
 class UpstreamFailed(Exception):
