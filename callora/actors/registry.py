@@ -25,8 +25,10 @@ RESTARTS_MAX: Final = 5
 RESTARTS_WINDOW_SECONDS: Final = 30.0
 """More crashes than RESTARTS_MAX within this window, and the vault fails closed."""
 FAILED_CLOSED_SECONDS: Final = 30.0
-IDLE_SECONDS: Final = 2.0
 SWEEP_SECONDS: Final = 1.0
+IDLE_SWEEPS: Final = 2
+"""Sweeps that an actor sees without a command before it is retired."""
+IDLE_SECONDS: Final = IDLE_SWEEPS * SWEEP_SECONDS
 
 
 @attrs.define(slots=True)
@@ -105,7 +107,7 @@ class VaultRegistry:
             self._nursery.start_soon(self._supervise, actor, name=f"vault {vault_id}")
         elif actor.backlog >= self._mailbox_commands_max and not isinstance(envelope.command, CloseHold):
             return Overloaded()
-        actor.last_active = trio.current_time()
+        actor.idle_sweeps = 0
         actor.send(envelope)
         return None
 
@@ -140,12 +142,12 @@ class VaultRegistry:
         while not self._closing:
             with trio.move_on_after(SWEEP_SECONDS):
                 await self._closed.wait()
-            before = trio.current_time() - IDLE_SECONDS
             deepest = 0
             for vault_id, actor in tuple(self._actors.items()):
                 deepest = max(deepest, actor.depth)
-                if actor.last_active < before and actor.idle:
+                if actor.idle_sweeps >= IDLE_SWEEPS and actor.idle:
                     self._retire(vault_id)
+                actor.idle_sweeps += 1
             self._metrics.active_vaults.set(len(self._actors))
             self._metrics.vault_mailbox_depth_max.set(deepest)
             for vault_id, record in tuple(self._records.items()):

@@ -73,7 +73,7 @@ class VaultActor:
         "_store",
         "_writer",
         "depth",
-        "last_active",
+        "idle_sweeps",
         "outbox",
         "vault_id",
     )
@@ -92,7 +92,7 @@ class VaultActor:
         # where they are sent.
         self.outbox, self._inbox = trio.open_memory_channel(float("inf"))
         self.depth = 0
-        self.last_active = 0.0
+        self.idle_sweeps = 0
         self._state: VaultState | None = None
         self._stakes: deque[Stake] = deque()
         self._hand: deque[Envelope] = deque()

@@ -27,24 +27,20 @@ LOOK_UP_SECONDS = 2.0
 class DeadWire:
     """Passes a PostgreSQL server's socket on, until told that nothing comes back any more."""
 
-    def __init__(self, server: Path, directory: Path, database: str) -> None:
+    def __init__(self, server: Path, dsn: str) -> None:
+        """Args:
+        server: its socket.
+        dsn: leads to it through this.
+        """
         self._server = server
-        self._directory = directory
         self._live: set[trio.SocketStream] = set()
-        self.dsn = f"postgresql://postgres@/{database}?host={directory}"
+        self.dsn = dsn
         self.dead = False
         """While True what clients send still arrives, and nothing that the server says; new connections fail."""
 
-    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Pass on until cancelled."""
-        with trio.socket.socket(trio.socket.AF_UNIX) as listener:
-            await listener.bind(str(self._directory / SOCKET))
-            listener.listen(64)
-            await self._accept(listener, task_status)
-
-    async def _accept(self, listener: trio.socket.SocketType, task_status: trio.TaskStatus[None]) -> None:
+    async def run(self, listener: trio.socket.SocketType) -> None:
+        """Pass on what comes to a listening socket, until cancelled."""
         async with trio.open_nursery() as nursery:
-            task_status.started()
             while True:
                 client, _ = await listener.accept()
                 if self.dead:
@@ -79,10 +75,12 @@ async def dead_wire(database_url: str) -> AsyncIterator[DeadWire]:
     """Stand between a database and who uses `dsn`."""
     parts = urlsplit(database_url)
     server = Path(parse_qs(parts.query)["host"][0]) / SOCKET
-    with tempfile.TemporaryDirectory(prefix="wire-") as directory:
-        wire = DeadWire(server, Path(directory), parts.path.removeprefix("/"))
+    with tempfile.TemporaryDirectory(prefix="wire-") as directory, trio.socket.socket(trio.socket.AF_UNIX) as listener:
+        await listener.bind(f"{directory}/{SOCKET}")
+        listener.listen(64)
+        wire = DeadWire(server, f"postgresql://postgres@/{parts.path.removeprefix('/')}?host={directory}")
         async with trio.open_nursery() as nursery:
-            await nursery.start(wire.run)
+            nursery.start_soon(wire.run, listener)  # noqa: ASYNC113 - the socket listens already
             yield wire
             nursery.cancel_scope.cancel()
 

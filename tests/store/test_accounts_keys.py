@@ -180,7 +180,7 @@ async def test_a_list_of_keys_holds_no_secret(ledger: RealLedger) -> None:
     vault_id, other = await ledger.vault(0), await ledger.vault(0)
     made = [(await key_of(ledger, each, seed))[0] for seed, each in enumerate((vault_id, vault_id, other))]
     listed = await keys.list_keys(ledger.database, vault_id, 10)
-    assert [row["prefix"] for row in listed] == [each[:PREFIX_CHARS] for each in made[:2]]
+    assert {row["prefix"] for row in listed} == {each[:PREFIX_CHARS] for each in made[:2]}
     assert "key_hash" not in listed[0].keys()  # noqa: SIM118 - a driver's record iterates over values
     assert len(await keys.list_keys(ledger.database, None, 10)) == 3
     assert len(await keys.list_keys(ledger.database, None, 2)) == 2

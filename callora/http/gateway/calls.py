@@ -231,7 +231,7 @@ class CallFlow:
                 upstream = await admission.upstream(offer.api, now)
                 return await self.hold(call, caller, offer, upstream, whole_body, claim)
             finally:
-                ticket.end(None, trio.current_time())
+                ticket.end(None, now)
         finally:
             admission.leave(pace)
 
@@ -436,7 +436,7 @@ class CallFlow:
         call.status = answer.status
         call.upstream_seconds = time.perf_counter() - call.upstream_started
         if call.ticket is not None:
-            call.ticket.end(answer.status < 500, trio.current_time())
+            call.ticket.end(answer.status < 500, trio.current_time() if answer.status >= 500 else 0.0)
         if self._settings.profile_upstreams:
             self._profile(call, "success", answer.status)
         lines = exchange.lines

@@ -126,8 +126,9 @@ class Listener:
         Cancellation: requests in hand end at once, their clients' connections are closed.
         """
         try:
+            watch = trio.CancelScope(shield=True)
             async with trio.open_nursery() as watching:
-                watch = await watching.start(self._run_watch)
+                watching.start_soon(self._run_watch, watch)
                 try:
                     async with trio.open_nursery() as nursery:
                         self._ticker.tick()
@@ -143,12 +144,10 @@ class Listener:
                 listener.close()
             self._rest.close_idle(FOREVER)
 
-    async def _run_watch(self, *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
-        """Run the watch until the scope is cancelled that is reported: it outlives every connection it knows."""
-        with trio.CancelScope(shield=True) as scope:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(self._watch.run)
-                task_status.started(scope)
+    async def _run_watch(self, scope: trio.CancelScope) -> None:
+        """Run the watch until this scope is cancelled and nothing else: it outlives every connection it knows."""
+        with scope:
+            await self._watch.run()
 
     def drain(self) -> None:
         """Serve what is in hand, answer what is new with 503, then end. Connections between requests end last."""
