@@ -220,7 +220,19 @@ def keep_a_crashed_actors_commands_to_itself(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(VaultRegistry, "_supervise", supervise)
 
 
+def overtake_those_who_wait(patch: pytest.MonkeyPatch) -> None:
+    original = VaultActor.send
+
+    def send(self: VaultActor, envelope: Envelope) -> None:
+        command = envelope.command
+        if self._state is None or not isinstance(command, CloseHold) or not self._decide_at_once(envelope, command):
+            original(self, envelope)
+
+    patch.setattr(VaultActor, "send", send)
+
+
 PLANTS: list[Plant] = [
+    overtake_those_who_wait,
     skip_the_version_guard,
     keep_what_was_decided_on_a_lost_share,
     understate_what_a_share_needs,

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.simulation.world import simulate
+from tests.simulation.world import run_world, simulate
 
 SEEDS = 200
 PROOF_SEEDS = 5000
@@ -26,6 +26,14 @@ def test_no_rule_is_broken_under_many_seeds() -> None:
 @pytest.mark.proof
 def test_no_rule_is_broken_under_thousands_of_seeds() -> None:
     run_seeds(range(SEEDS, SEEDS + PROOF_SEEDS))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_seed_makes_the_same_world_every_time(seed: int) -> None:
+    def told() -> list[str]:
+        return [f"{sent.at} {sent.command} {sent.answer!r}" for sent in run_world(seed).auditor.sent]
+
+    assert told() == told()
 
 
 def test_no_rule_is_broken_under_one_seed_of_your_choice() -> None:
