@@ -21,8 +21,7 @@ dev: install ## run Callora with an embedded PostgreSQL, a demo API and a funded
 test: install ## format, lint, types, layer contracts, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/flake8-async --startable-in-context-manager run,repeat,run_rest,serve_rest,serve_demo_upstream \
-		--per-file-disable 'tests/*:ASYNC110' $$(git ls-files '*.py')
+	$(BIN)/flake8-async --startable-in-context-manager run,repeat,serve_rest,serve_demo_upstream $$(git ls-files '*.py')
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest

@@ -377,7 +377,7 @@ class _Rest:
             )
         )
 
-    async def run(self, *, task_status: trio.TaskStatus[list[str]]) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128 - the server it runs calls it
         """Serve until cancelled."""
         try:
             await serve_rest(

@@ -275,6 +275,9 @@ class VaultActor:
             command = envelope.command
             if not isinstance(command, PlaceHold | CloseHold):
                 await self._carry_out(envelope, command)
+            elif isinstance(command, CloseHold) and command.event_id in self._placing:
+                # Also one that is to be looked up: the store cannot know yet of a hold that has lost a round.
+                self._followers.setdefault(command.event_id, []).append(envelope)
             elif envelope.look_up and isinstance(command, CloseHold):
                 await self._look_up(envelope, command)
             elif envelope.losses >= LOSSES_BEFORE_LOCK:

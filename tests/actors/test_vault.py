@@ -633,3 +633,20 @@ async def test_cancelling_the_registry_at_any_moment_answers_everybody(autojump_
         at.registry_scope.cancel()
         await trio.sleep(100)
         assert all(envelope.reply.settled for envelope in envelopes)
+
+
+async def test_a_release_is_not_looked_up_while_its_hold_may_yet_be_placed(autojump_clock: MockClock) -> None:
+    store = store_with(100, load=["ok", "unavailable"])
+    store.gate = trio.Event()
+    spend_behind_its_back(store, 2)
+    async with running(store, policies=crashing(2)) as at:
+        at.send(place(1, 10))
+        await wait_all_tasks_blocked()
+        at.send(place(2, 1))  # crashes, so what comes next needs a state read anew
+        await wait_all_tasks_blocked()
+        release = at.send(released(1, 10))
+        await trio.sleep(1)
+        store.gate.set()  # the hold loses its round, the state cannot be read, and then the hold loses again
+        assert isinstance(await release.reply.wait(), HoldClosed | HoldNotOpen)
+    assert balance(store)[1] == 0
+    assert all(each.state != "held" for each in store.tables.events.values())

@@ -409,7 +409,7 @@ async def served(made: House, path: Path) -> AsyncIterator[Served]:
 
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(run)
+            nursery.start_soon(run)  # noqa: ASYNC113
             await ready.wait()
             yield Served(bind, stop, ended)
             stop.set()

@@ -59,6 +59,20 @@ def processes_in(directory: Path) -> list[psutil.Process]:
     return found
 
 
+@contextmanager
+def _sigint_not_ignored() -> Iterator[None]:
+    """Keep a child from inheriting that SIGINT is ignored, as a script's shell has it for what it runs behind itself."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class CalloraProcess:
     """One `callora` command in a process group of its own."""
 
@@ -74,7 +88,7 @@ class CalloraProcess:
         self._out = log_directory / f"{number}.out"
         self._err = log_directory / f"{number}.err"
         self.started_at = time.monotonic()
-        with self._out.open("wb") as out, self._err.open("wb") as err:
+        with self._out.open("wb") as out, self._err.open("wb") as err, _sigint_not_ignored():
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", "callora", *arguments],
                 stdin=subprocess.DEVNULL,

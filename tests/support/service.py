@@ -139,7 +139,7 @@ class RunningService:
     async def until_no_hold(self, consumer: Consumer) -> None:
         """Return when none of the consumer's holds is open: releases are stored without anyone waiting."""
         with trio.fail_after(10):
-            while (await self.balance(consumer))[1]:
+            while (await self.balance(consumer))[1]:  # noqa: ASYNC110 - another process decides
                 await trio.lowlevel.checkpoint()
 
 
@@ -169,7 +169,7 @@ async def running_service(
                 code = await serve(context, database_url, stop, on_ready=ready, flow_class=flow_class)
                 service.exit_code = code
 
-            nursery.start_soon(run)
+            nursery.start_soon(run)  # noqa: ASYNC113 - its readiness is waited for below
             service = await receive.receive()
             failure: Exception | None = None
             try:
