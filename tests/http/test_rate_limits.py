@@ -108,7 +108,7 @@ async def test_a_lower_limit_holds_at_once_for_what_was_already_called(database_
         running_service(database_url, {"CATALOGUE_REFRESH_MS": "10"}) as service,
         raw_upstream(respond()) as upstream,
     ):
-        consumer = await ready(service, upstream, 10)
+        consumer = await ready(service, upstream, 10_000)
         for _ in range(3):
             assert (await call(service.port, "GET", PATH, consumer.headers)).status == 200
         await service.database.execute("UPDATE api_keys SET rate_limit_per_minute = 2")
