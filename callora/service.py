@@ -379,11 +379,13 @@ class _Rest:
 
     async def run(self, *, task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128 - the server it runs calls it
         """Serve until cancelled."""
+        logger = self._context.logs.stdlib_logger("hypercorn")
+        logger.setLevel("WARNING")  # its greeting names a private socket
         try:
             await serve_rest(
                 self._app,
                 binds=[f"unix:{self.path}"],
-                logger=self._context.logs.stdlib_logger("hypercorn"),
+                logger=logger,
                 shutdown=trio.sleep_forever,
                 graceful_timeout_seconds=1.0,
                 keep_alive_seconds=REST_KEEP_ALIVE_SECONDS,

@@ -61,7 +61,7 @@ def processes_in(directory: Path) -> list[psutil.Process]:
 
 @contextmanager
 def _sigint_not_ignored() -> Iterator[None]:
-    """Keep a child from inheriting that SIGINT is ignored, as a script's shell has it for what it runs behind itself."""
+    """Keep a child from inheriting that SIGINT is ignored, as shells have it for what a script runs in background."""
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
         yield
