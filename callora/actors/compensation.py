@@ -30,6 +30,9 @@ class Undelivered:
     event_id: EventId
     held_amount: Stroops
     amount: Stroops
+    answer_kept: bool = False
+    """True when the capture, if it was stored, stored the answer with it: a retry under the call's idempotency key gets
+    it, and a refund would make it free."""
 
 
 class Compensator:
@@ -67,7 +70,8 @@ class Compensator:
             outcome = await self._registry.ask(
                 call.vault_id, release(call.event_id, call.held_amount, Delivery("undelivered"))
             )
-            if isinstance(outcome, HoldNotOpen) and outcome.state == "captured" and call.amount > 0:
+            captured = isinstance(outcome, HoldNotOpen) and outcome.state == "captured"
+            if captured and call.amount > 0 and not call.answer_kept:
                 refund = Refund(call.event_id, call.amount, f"undelivered:{call.event_id}")
                 outcome = await self._registry.ask(call.vault_id, refund)
         except CalloraFault:

@@ -67,6 +67,18 @@ async def test_an_unknown_capture_that_turns_out_captured_is_refunded_once(autoj
         assert [each.amount for each in at.store.tables.refunds(event(1))] == [10]
 
 
+async def test_a_capture_whose_answer_was_stored_for_a_retry_stands(autojump_clock: MockClock) -> None:
+    async with bench(round=["ok", "unknown_stored"], find=AWAY[:200]) as at:
+        assert isinstance(await at.running.ask(place(1, 10), VAULT), HoldPlaced)
+        with suppress(CalloraFault):
+            await at.running.ask(captured(1, 10), VAULT)
+        at.compensator.add(Undelivered(VAULT, event(1), Stroops(10), Stroops(10), answer_kept=True))
+        await at.until_done()
+        vault = at.store.tables.vaults[VAULT]
+        assert (vault.available, vault.held) == (90, 0)
+        assert at.store.tables.refunds(event(1)) == []
+
+
 async def test_an_unknown_capture_that_was_not_stored_is_released(autojump_clock: MockClock) -> None:
     async with bench(round=["ok", "unknown_lost"], find=AWAY[:200]) as at:
         await at.charge(1)

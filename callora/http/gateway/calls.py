@@ -492,7 +492,8 @@ class CallFlow:
             outcome = await self._registry.ask(vault_id, capture(call.event_id, call.held, amount, delivery, stored))
         except (OutcomeUnknown, StoreUnavailable):
             call.outcome = "capture_unknown"
-            self._compensator.add(Undelivered(vault_id, call.event_id, call.held, amount))
+            answer_kept = stored is not None and stored.body is not None
+            self._compensator.add(Undelivered(vault_id, call.event_id, call.held, amount, answer_kept))
             raise
         if isinstance(outcome, HoldClosed):
             call.state = "closed"
