@@ -305,13 +305,18 @@ class EmbeddedPostgres:
         if account.reachable(binaries / "postgres"):
             return binaries
         # Not a chmod of somebody's folders: a copy of 40 MB beside the data.
-        copy = self.data_dir / "binaries"
+        copy, installed = self.data_dir / "binaries", binaries.parent
+        place = Path(installed.parent.name) / installed.name
+        libraries = installed.parent.with_name(f"{installed.parent.name}.libs")
         if not copy.exists():
             unfinished = Path(tempfile.mkdtemp(prefix="binaries.new-", dir=self.data_dir))
-            shutil.copytree(binaries.parent, unfinished / "install", symlinks=True)
+            shutil.copytree(installed, unfinished / place, symlinks=True)
+            if libraries.is_dir():
+                # The programs look for these where the wheel put them: beside the package.
+                shutil.copytree(libraries, unfinished / libraries.name, symlinks=True)
             unfinished.chmod(0o755)
             unfinished.rename(copy)
-        return copy / "install" / "bin"
+        return copy / place / "bin"
 
     def _make_socket_dir(self, account: _Account) -> None:
         inside = self.data_dir / "socket"
