@@ -1,7 +1,8 @@
-"""The vault registry: one actor for each active vault, started when a command comes, retired when idle.
+"""The vault registry: one actor for each active vault, made when a command comes, retired when idle.
 
-It supervises its actors. A crash drops the actor's cached state, never its mailbox; past the restart intensity the
-vault fails closed for a while. Nothing here decides anything about money.
+An actor's task is started only when there is something that needs one: to wait for the store, to try again. The
+registry supervises it. A crash drops the actor's cached state, never its mailbox; past the restart intensity the vault
+fails closed for a while. Nothing here decides anything about money.
 """
 
 from collections import deque
@@ -19,6 +20,7 @@ from callora.ledger.commands import CloseHold, Command
 from callora.ledger.faults import StoreUnavailable
 from callora.ledger.ids import VaultId
 from callora.ledger.outcomes import Draining, Overloaded
+from callora.ledger.vault import VaultState
 from callora.metrics import Metrics
 
 RESTARTS_MAX: Final = 5
@@ -29,6 +31,8 @@ SWEEP_SECONDS: Final = 1.0
 IDLE_SWEEPS: Final = 2
 """Sweeps that an actor sees without a command before it is retired."""
 IDLE_SECONDS: Final = IDLE_SWEEPS * SWEEP_SECONDS
+STATES_MAX: Final = 100_000
+"""States of retired vaults that are kept, the latest retired: some 200 bytes each, and a call that reads nothing."""
 
 
 @attrs.define(slots=True)
@@ -60,6 +64,7 @@ class VaultRegistry:
         self._policies = policies
         self._mailbox_commands_max = mailbox_commands_max
         self._actors: dict[VaultId, VaultActor] = {}
+        self._states: dict[VaultId, VaultState] = {}
         self._records: dict[VaultId, _Record] = {}
         self._nursery: trio.Nursery | None = None
         self._closing = False
@@ -102,9 +107,15 @@ class VaultRegistry:
             if record is not None and record.closed_until > trio.current_time():
                 envelope.reply.fail(StoreUnavailable("this vault's actor keeps failing"))
                 return None
-            actor = VaultActor(vault_id, self._store, self._writer, self._policies(vault_id), self._random)
-            self._actors[vault_id] = actor
-            self._nursery.start_soon(self._supervise, actor, name=f"vault {vault_id}")
+            actor = self._actors[vault_id] = VaultActor(
+                vault_id,
+                self._store,
+                self._writer,
+                self._policies(vault_id),
+                self._random,
+                self._start,
+                self._states.pop(vault_id, None),
+            )
         elif actor.backlog >= self._mailbox_commands_max and not isinstance(envelope.command, CloseHold):
             return Overloaded()
         actor.idle_sweeps = 0
@@ -128,8 +139,18 @@ class VaultRegistry:
         for vault_id in tuple(self._actors):
             self._retire(vault_id)
 
+    def _start(self, actor: VaultActor) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(self._supervise, actor, name=f"vault {actor.vault_id}")
+
     def _retire(self, vault_id: VaultId) -> None:
-        self._actors.pop(vault_id).outbox.close()
+        actor = self._actors.pop(vault_id)
+        if actor.idle and actor.state is not None:
+            # As good as one just read: what is stale in it, the guards of the round find, and no refusal rests on it.
+            self._states[vault_id] = actor.state
+            if len(self._states) > STATES_MAX:
+                del self._states[next(iter(self._states))]
+        actor.close()
 
     async def _sweep_until_closed(self) -> None:
         try:

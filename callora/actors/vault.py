@@ -63,37 +63,47 @@ class VaultActor:
         "_followers",
         "_hand",
         "_inbox",
+        "_outbox",
         "_placing",
         "_policies",
         "_random",
         "_settled_event",
         "_staked",
         "_stakes",
-        "_state",
+        "_start",
         "_store",
         "_writer",
         "depth",
         "idle_sweeps",
-        "outbox",
+        "state",
         "vault_id",
     )
 
     def __init__(
-        self, vault_id: VaultId, store: LedgerStore, writer: Writer, policies: Sequence[HoldPolicy], random: Random
+        self,
+        vault_id: VaultId,
+        store: LedgerStore,
+        writer: Writer,
+        policies: Sequence[HoldPolicy],
+        random: Random,
+        start: "Callable[[VaultActor], None]",
+        state: VaultState | None,
     ) -> None:
+        """Args:
+        start: called once, when there is something that only the actor's own task can do; starts `run`.
+        state: the vault as it was last known, if it was.
+        """
         self.vault_id = vault_id
         self._store = store
         self._writer = writer
         self._policies = policies
         self._random = random
-        self.outbox: trio.MemorySendChannel[Envelope | None]
+        self._start = start
+        self._outbox: trio.MemorySendChannel[Envelope | None] | None = None
         self._inbox: trio.MemoryReceiveChannel[Envelope | None]
-        # Unbounded for the closes of holds already placed, which must never be refused; holds are bounded by `depth`
-        # where they are sent.
-        self.outbox, self._inbox = trio.open_memory_channel(float("inf"))
         self.depth = 0
         self.idle_sweeps = 0
-        self._state: VaultState | None = None
+        self.state = state
         self._stakes: deque[Stake] = deque()
         self._hand: deque[Envelope] = deque()
         self._doubted: deque[Envelope] = deque()
@@ -121,11 +131,11 @@ class VaultActor:
 
         With nothing before it and a cached state that admits it, a hold or a close is decided here and now: between
         checkpoints there is one thread of control, so this is the mailbox with nothing in it, less two task switches a
-        command. Everything else is queued for the actor's own task.
+        command. Everything else is queued for the actor's own task, which most vaults never need.
         """
         command = envelope.command
         if (
-            self._state is None
+            self.state is None
             or self.depth
             or self._hand
             or self._doubted
@@ -134,7 +144,28 @@ class VaultActor:
             or not self._decide_at_once(envelope, command)
         ):
             self.depth += 1
-            self.outbox.send_nowait(envelope)
+            self._post(envelope)
+
+    def _post(self, envelope: Envelope | None) -> None:
+        """Put a command, or None for a look at what is to be done again, before the actor's own task."""
+        if self._outbox is None:
+            self._open().send_nowait(envelope)
+        else:
+            self._outbox.send_nowait(envelope)
+
+    def _open(self) -> trio.MemorySendChannel[Envelope | None]:
+        # Unbounded for the closes of holds already placed, which must never be refused; holds are bounded by `depth`
+        # where they are sent.
+        self._outbox, self._inbox = trio.open_memory_channel[Envelope | None](float("inf"))
+        self._start(self)
+        return self._outbox
+
+    def close(self) -> None:
+        """Take no more commands; the actor's task, if there is anything left for it, ends when that is done."""
+        if self._outbox is None and not self.idle:
+            self._open()
+        if self._outbox is not None:
+            self._outbox.close()
 
     def _decide_at_once(self, envelope: Envelope, command: PlaceHold | CloseHold) -> bool:
         try:
@@ -168,7 +199,7 @@ class VaultActor:
 
         Stakes already with the writer stay theirs to answer.
         """
-        self._state = None
+        self.state = None
         waiting = [*self._take_waiting(), *self._again]
         self._again.clear()
         for envelope in waiting:
@@ -185,7 +216,7 @@ class VaultActor:
         """
         self._ended = True
         self.abandon()
-        self.outbox.close()
+        self.close()
         while self.depth:
             envelope = self._inbox.receive_nowait()
             self.depth -= envelope is not None
@@ -198,7 +229,7 @@ class VaultActor:
     def stored(self, stake: Stake, present: VaultState | None, missed: frozenset[EventId]) -> None:
         """Answer a stake that is durable."""
         self._end(stake)
-        if present is not None and self._state is not None:
+        if present is not None and self.state is not None:
             self._resume_from(present)
         share = stake.share
         if missed and (
@@ -220,8 +251,8 @@ class VaultActor:
                     envelope.look_up = True
                     self._repeat([envelope])
                 else:
-                    if self._policies and self._state is not None:
-                        apply_close(self._state, command.held_amount, command.amount)
+                    if self._policies and self.state is not None:
+                        apply_close(self.state, command.held_amount, command.amount)
                     envelope.reply.resolve(HoldClosed(command.state, command.amount, envelope.available))
                 self._repeat(self._forget_closing(command))
 
@@ -282,7 +313,7 @@ class VaultActor:
                 await self._look_up(envelope, command)
             elif envelope.losses >= LOSSES_BEFORE_LOCK:
                 await self._store_locked(envelope, command)
-            elif self._state is None and not await self._load():
+            elif self.state is None and not await self._load():
                 return
             elif not self._decide(envelope, command, final=False):
                 # Its release, should it come now, waits for what becomes of it.
@@ -307,8 +338,8 @@ class VaultActor:
         except CalloraFault as fault:
             await self._refuse_for_now(fault)
             return False
-        self._state = states.get(self.vault_id)
-        if self._state is None:
+        self.state = states.get(self.vault_id)
+        if self.state is None:
             for envelope in self._take_waiting():
                 if isinstance(envelope.command, PlaceHold):
                     self._repeat(self._forget_placing(envelope.command))
@@ -338,7 +369,7 @@ class VaultActor:
 
     def _decide(self, envelope: Envelope, command: PlaceHold | CloseHold, *, final: bool) -> bool:
         """Decide one command on the cached state; return False for a refusal that wants a state read anew."""
-        state = self._state
+        state = self.state
         assert state is not None
         if isinstance(command, PlaceHold):
             claim = command.claim
@@ -383,9 +414,9 @@ class VaultActor:
         return stake
 
     def _new_share(self) -> Share:
-        assert self._state is not None
-        share = Share(self.vault_id, self._state.version, guarded=bool(self._policies))
-        self._state.version += 1
+        assert self.state is not None
+        share = Share(self.vault_id, self.state.version, guarded=bool(self._policies))
+        self.state.version += 1
         return share
 
     async def _look_up(self, envelope: Envelope, command: CloseHold) -> None:
@@ -398,20 +429,20 @@ class VaultActor:
             self._retry_or_fail(envelope, fault)
             await self._pause()
             return
-        self._state = states.get(self.vault_id)
+        self.state = states.get(self.vault_id)
         if event is not None and event.state == "held" and command.state != "expired":
             envelope.look_up = False
             self._again.append(envelope)
         elif event is not None and event.state == command.state and event.amount == command.amount:
-            assert self._state is not None, "a usage event has a vault"
-            envelope.reply.resolve(HoldClosed(command.state, command.amount, self._state.available))
+            assert self.state is not None, "a usage event has a vault"
+            envelope.reply.resolve(HoldClosed(command.state, command.amount, self.state.available))
         else:
             envelope.reply.resolve(HoldNotOpen(None if event is None or event.state == "held" else event.state))
 
     async def _store_locked(self, envelope: Envelope, command: PlaceHold | CloseHold) -> None:
         """Store one command that keeps losing, decided while the vault's row is locked."""
         await self._settle()
-        self._state = None
+        self.state = None
         refusals: list[InsufficientFunds | StandingRefused | PolicyRefused] = []
 
         def decide(state: VaultState) -> Share:
@@ -448,7 +479,7 @@ class VaultActor:
     async def _carry_out(self, envelope: Envelope, command: LockedCommand) -> None:
         """Carry out a rare command alone, when everything decided before it is stored."""
         await self._settle()
-        self._state = None
+        self.state = None
         try:
             outcome = await _past_conflicts(lambda: self._store.commit_locked(self.vault_id, command))
         except CalloraFault as fault:
@@ -465,7 +496,7 @@ class VaultActor:
 
     def _void_decided(self) -> None:
         """Forget a state that has not come to be, and what is decided on top of it and not sent yet."""
-        self._state = None
+        self.state = None
         for stake in self._stakes:
             stake.share.void()
 
@@ -483,7 +514,7 @@ class VaultActor:
             present.held = Stroops(present.held + stake.share.held_change)
         present.version += len(self._stakes)
         # Decisions on the way may not fit what is there now: their round refuses them, and the state is read anew.
-        self._state = present if present.available >= 0 else None
+        self.state = present if present.available >= 0 else None
 
     def _repeat(self, envelopes: Sequence[Envelope]) -> None:
         if self._ended:
@@ -495,7 +526,7 @@ class VaultActor:
         elif envelopes:
             self._again.extend(envelopes)
             with suppress(trio.ClosedResourceError):  # the actor looks at what is to be repeated before it ends
-                self.outbox.send_nowait(None)
+                self._post(None)
 
     def _retry_or_fail(self, envelope: Envelope, fault: CalloraFault) -> None:
         now = trio.current_time()

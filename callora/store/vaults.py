@@ -57,6 +57,11 @@ LINE_SETTINGS: Final[Mapping[str, str]] = {
     "statement_timeout": f"{ROUND_SECONDS_MAX}s",
 }
 
+# How rows are looked up. `column = ANY (ARRAY[value])` PostgreSQL can do by an index and in no other way. With a plain
+# `=` a plan made while a table is as good as empty, on the first day or in a new partition, reads the whole table for
+# every round: that is cheaper then, and the plan is kept until statistics are next gathered. OFFSET 0 keeps a subquery
+# whole, so that both columns of a key come from one relation and are looked up together.
+
 _LOCKED: Final = """
 WITH wanted AS (
     SELECT * FROM unnest(@vaults::uuid[], @needs::bigint[], @guards::bigint[], @decided::bigint[]) WITH ORDINALITY
@@ -65,8 +70,8 @@ WITH wanted AS (
     SELECT w.place, v.vault_id, v.available, v.held, v.version, v.standing, w.decided,
            v.available >= w.need AND (w.need < 0 OR v.standing = 'active')
                AND (w.guard < 0 OR v.version = w.guard) AS won
-    FROM wanted w JOIN vaults v ON v.vault_id = w.vault_id
-    ORDER BY v.vault_id
+    FROM wanted w JOIN vaults v ON v.vault_id = ANY (ARRAY[w.vault_id])
+    ORDER BY w.vault_id
     FOR UPDATE OF v
 ), winners AS MATERIALIZED (
     SELECT CASE count(*) WHEN (SELECT count(*) FROM wanted) THEN array_agg(won ORDER BY place) END AS won,
@@ -79,12 +84,15 @@ _CLOSED: Final = """, closed AS (
     SET state = c.state::usage_state, amount = CASE c.state WHEN 'captured' THEN c.amount END, status = c.status,
         latency_us = c.latency_us, request_bytes = c.request_bytes, response_bytes = c.response_bytes,
         outcome = c.outcome, closed_at = :now::timestamptz
-    FROM unnest(@close_places::int[], @close_events::uuid[], @close_states::text[], @close_amounts::bigint[],
-                @close_statuses::smallint[], @close_latencies::int[], @close_requests::bigint[],
-                @close_responses::bigint[], @close_outcomes::text[])
-         AS c (place, event_id, state, amount, status, latency_us, request_bytes, response_bytes, outcome),
-         winners w
-    WHERE w.won[c.place] AND u.vault_id = w.vaults[c.place] AND u.event_id = c.event_id AND u.state = 'held'
+    FROM (SELECT w.vaults[i.place] AS vault_id, i.*
+          FROM unnest(@close_places::int[], @close_events::uuid[], @close_states::text[], @close_amounts::bigint[],
+                      @close_statuses::smallint[], @close_latencies::int[], @close_requests::bigint[],
+                      @close_responses::bigint[], @close_outcomes::text[])
+               AS i (place, event_id, state, amount, status, latency_us, request_bytes, response_bytes, outcome),
+               winners w
+          WHERE w.won[i.place]
+          OFFSET 0) AS c
+    WHERE u.vault_id = ANY (ARRAY[c.vault_id]) AND u.event_id = ANY (ARRAY[c.event_id]) AND u.state = 'held'
           AND (c.state <> 'expired' OR u.expires_at <= :now::timestamptz)
     RETURNING u.vault_id, u.event_id, u.held_amount, coalesce(u.amount, 0) AS amount
 )"""
@@ -110,11 +118,13 @@ _ANSWERED: Final = """, answered AS (
     UPDATE idempotency_keys k
     SET state = CASE WHEN a.body IS NULL THEN 'not_replayable' ELSE 'completed' END,
         status = a.status, head = a.head, body = a.body, charge = a.charge
-    FROM unnest(:answer_places::int[], :answer_keys::text[], :answer_events::uuid[], :answer_statuses::smallint[],
-                :answer_heads::bytea[], :answer_bodies::bytea[], :answer_charges::bigint[])
-         AS a (place, key, event_id, status, head, body, charge), winners w
-    WHERE a.event_id IN (SELECT event_id FROM closed)
-          AND k.vault_id = w.vaults[a.place] AND k.key = a.key AND k.event_id = a.event_id
+    FROM (SELECT w.vaults[i.place] AS vault_id, i.*
+          FROM unnest(:answer_places::int[], :answer_keys::text[], :answer_events::uuid[], :answer_statuses::smallint[],
+                      :answer_heads::bytea[], :answer_bodies::bytea[], :answer_charges::bigint[])
+               AS i (place, key, event_id, status, head, body, charge), winners w
+          WHERE i.event_id IN (SELECT event_id FROM closed)
+          OFFSET 0) AS a
+    WHERE k.vault_id = ANY (ARRAY[a.vault_id]) AND k.key = ANY (ARRAY[a.key]) AND k.event_id = a.event_id
           AND k.state = 'started'
 )"""
 
@@ -145,13 +155,11 @@ _MOVED: Final = """, moved AS (
     SET available = v.available + c.available, held = v.held + c.held, version = v.version + 1
     FROM (SELECT vault_id, sum(available)::bigint AS available, sum(held)::bigint AS held FROM ({changes}) AS rows
           GROUP BY vault_id) AS c
-    WHERE v.vault_id = c.vault_id
-    RETURNING v.vault_id, v.available, v.held, v.version
+    WHERE v.vault_id = ANY (ARRAY[c.vault_id])
 )
-SELECT l.won, l.vault_id, coalesce(m.available, l.available) AS available, coalesce(m.held, l.held) AS held,
-       coalesce(m.version, l.version) AS version, l.standing::text AS standing, NULL::uuid AS missed
-FROM locked l LEFT JOIN moved m ON m.vault_id = l.vault_id
-WHERE NOT l.won OR l.version <> l.decided"""
+SELECT won, vault_id, available, held, version, standing::text AS standing, NULL::uuid AS missed
+FROM locked
+WHERE NOT won OR version <> decided"""
 
 _MISSED: Final = """
 UNION ALL
@@ -358,7 +366,7 @@ class VaultStore:
         """
         statement, arguments = self._statement(shares)
         rows = await self._line.run(statement, *arguments, deadline_seconds=self._commit_seconds_max)
-        return _result(rows) if rows else CLEAN
+        return _result(rows, shares) if rows else CLEAN
 
     def _statement(self, shares: Sequence[Share]) -> tuple[str, list[object]]:
         places = range(1, len(shares) + 1)  # PostgreSQL counts from one
@@ -393,7 +401,7 @@ class VaultStore:
             if not (share.holds or share.closes):
                 return share, CLEAN
             statement, arguments = self._statement([share])
-            return share, _result(await connection.fetch(statement, *arguments))
+            return share, _result(await connection.fetch(statement, *arguments), [share])
 
     async def commit_locked(self, vault_id: VaultId, command: LockedCommand) -> LockedOutcome:
         """Carry out one rare command with the vault's row locked: lock, read, decide, write, commit.
@@ -533,7 +541,7 @@ def _key_columns(
     }
 
 
-def _result(rows: Sequence[Row]) -> RoundResult:
+def _result(rows: Sequence[Row], shares: Sequence[Share]) -> RoundResult:
     lost: list[VaultState] = []
     drifted: list[VaultState] = []
     missed: list[EventId] = []
@@ -544,4 +552,12 @@ def _result(rows: Sequence[Row]) -> RoundResult:
             drifted.append(_state(row))
         else:
             lost.append(_state(row))
+    if drifted:
+        by_vault = {share.vault_id: share for share in shares}
+        for state in drifted:
+            # What was read is the vault before its share; nothing else came in between, since its row was locked.
+            share = by_vault[state.vault_id]
+            state.available = Stroops(state.available + share.available_change)
+            state.held = Stroops(state.held + share.held_change)
+            state.version += 1
     return RoundResult(lost, drifted, frozenset(missed))

@@ -1,5 +1,6 @@
 """The registry: what it refuses, how it retires, drains, and fails closed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -7,10 +8,12 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from callora.actors import registry
 from callora.actors.mailbox import Envelope
 from callora.actors.registry import FAILED_CLOSED_SECONDS, IDLE_SECONDS, RESTARTS_MAX, SWEEP_SECONDS
 from callora.ledger.commands import Deposit, PlaceHold
 from callora.ledger.faults import CalloraFault, OutcomeUnknown, StoreUnavailable
+from callora.ledger.ids import VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import (
     BalanceMoved,
@@ -18,6 +21,7 @@ from callora.ledger.outcomes import (
     HoldClosed,
     HoldNotOpen,
     HoldPlaced,
+    InsufficientFunds,
     Overloaded,
     PolicyRefused,
 )
@@ -112,6 +116,59 @@ async def test_an_idle_actor_is_retired_and_the_next_command_starts_another(auto
             assert at.registry.active == 1
             await trio.sleep(IDLE_SECONDS + 2 * SWEEP_SECONDS)
             assert at.registry.active == 0
+
+
+async def test_the_state_of_a_retired_vault_is_kept_and_its_next_call_reads_nothing(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "STATES_MAX", 1)
+    store = store_with()
+    read: list[str] = []
+    load = store.load_vaults
+
+    async def counted(vault_ids: Sequence[VaultId]) -> dict[VaultId, VaultState]:
+        read.extend(vault_ids)
+        return await load(vault_ids)
+
+    monkeypatch.setattr(store, "load_vaults", counted)
+    async with running(store) as at:
+        for number in range(3):
+            assert await at.ask(place(number, 1)) == HoldPlaced(Stroops(999 - number))
+            await trio.sleep(IDLE_SECONDS + 2 * SWEEP_SECONDS)
+        assert read == [VAULT]
+        await at.ask(place(3, 1), OTHER_VAULT)
+        await trio.sleep(IDLE_SECONDS + 2 * SWEEP_SECONDS)
+        assert await at.ask(place(4, 1)) == HoldPlaced(Stroops(996))
+        assert read == [VAULT, OTHER_VAULT, VAULT], "the one retired last is kept"
+
+
+async def test_a_kept_state_that_is_stale_refuses_nobody(autojump_clock: MockClock) -> None:
+    store = store_with(available=5)
+    async with running(store) as at:
+        await at.ask(place(1, 5))
+        await trio.sleep(IDLE_SECONDS + 2 * SWEEP_SECONDS)
+        await store.commit_locked(VAULT, Deposit(Stroops(3), "by another process"))
+        assert await at.ask(place(2, 3)) == HoldPlaced(Stroops(0))
+        assert isinstance(await at.ask(place(3, 1)), InsufficientFunds)
+
+
+async def test_a_drain_waits_for_what_was_decided_without_a_task(autojump_clock: MockClock) -> None:
+    store = store_with()
+
+    async def open_the_gate() -> None:
+        await trio.sleep(1000)
+        assert store.gate is not None
+        store.gate.set()
+
+    async with trio.open_nursery() as nursery:
+        async with running(store) as at:
+            await at.ask(place(1, 1))
+            await trio.sleep(IDLE_SECONDS + 2 * SWEEP_SECONDS)
+            store.gate = trio.Event()
+            nursery.start_soon(open_the_gate)
+            hold = at.send(place(2, 1))
+        assert hold.reply.settled
+    assert isinstance(await hold.reply.wait(), HoldPlaced)
 
 
 async def test_a_busy_actor_is_not_retired_however_long_its_commit_takes(autojump_clock: MockClock) -> None:

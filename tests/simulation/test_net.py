@@ -26,9 +26,9 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 def skip_the_version_guard(patch: pytest.MonkeyPatch) -> None:
     def new_share(self: VaultActor) -> Share:
-        assert self._state is not None
-        share = Share(self.vault_id, self._state.version, guarded=False)
-        self._state.version += 1
+        assert self.state is not None
+        share = Share(self.vault_id, self.state.version, guarded=False)
+        self.state.version += 1
         return share
 
     patch.setattr(VaultActor, "_new_share", new_share)
@@ -167,7 +167,7 @@ def lose_what_is_to_be_repeated(patch: pytest.MonkeyPatch) -> None:
 
 def leave_the_hand_unanswered_after_a_crash(patch: pytest.MonkeyPatch) -> None:
     def abandon(self: VaultActor) -> None:
-        self._state = None
+        self.state = None
         self._take_waiting()
         self._again.clear()
 
@@ -175,7 +175,7 @@ def leave_the_hand_unanswered_after_a_crash(patch: pytest.MonkeyPatch) -> None:
 
 
 def leave_the_mailbox_unanswered_when_failing_closed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(VaultActor, "end", lambda self: self.outbox.close())
+    patch.setattr(VaultActor, "end", lambda self: self._outbox.close())
 
 
 def drop_what_was_never_sent_when_a_round_is_split(patch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def overtake_those_who_wait(patch: pytest.MonkeyPatch) -> None:
 
     def send(self: VaultActor, envelope: Envelope) -> None:
         command = envelope.command
-        if self._state is None or not isinstance(command, CloseHold) or not self._decide_at_once(envelope, command):
+        if self.state is None or not isinstance(command, CloseHold) or not self._decide_at_once(envelope, command):
             original(self, envelope)
 
     patch.setattr(VaultActor, "send", send)

@@ -455,10 +455,10 @@ class World:
 
     def _check_cache(self, process: Process) -> None:
         actor: VaultActor | None = process.registry._actors.get(SOLO)
-        if actor is None or not actor.idle or actor._state is None or SOLO in self.tables.late:
+        if actor is None or not actor.idle or actor.state is None or SOLO in self.tables.late:
             return
-        if actor._state != self.tables.state(SOLO):
-            self.auditor.wrong.append(f"an undisturbed cache went astray: {actor._state} {self.tables.state(SOLO)}")
+        if actor.state != self.tables.state(SOLO):
+            self.auditor.wrong.append(f"an undisturbed cache went astray: {actor.state} {self.tables.state(SOLO)}")
 
     async def _call(self, process: Process, vault_id: VaultId) -> None:
         """One call, as the gateway makes it: whatever happens, its hold is closed or given to who closes it."""
