@@ -86,12 +86,16 @@ def _host(value: str) -> str:
 def _upstream_host(value: str) -> str:
     if value == "*":
         return value
+    if "%" in value:
+        raise ValueError("a zone identifier")
     try:
         return str(ipaddress.ip_network(value.strip("[]"), strict=True))
     except ValueError:
-        if "/" in value or value.replace(".", "").isdigit():
+        name = value.rstrip(".")
+        # A last label that begins with a digit is one of the ways to write an IPv4 address, and no name.
+        if "/" in value or name.rpartition(".")[2][:1].isdigit():
             raise
-        return _host(value).rstrip(".")
+        return _host(name)
 
 
 def _origin(value: str) -> str:

@@ -192,8 +192,10 @@ def test_the_allow_list_takes_names_addresses_and_ranges() -> None:
     settings = load_settings({"UPSTREAM_HOST_ALLOWLIST": "LocalHost, 127.0.0.1,[::1],10.0.0.0/8,,api.internal."})
     assert settings.upstream_allowed_hosts == {"localhost", "api.internal"}
     assert [str(network) for network in settings.upstream_allowed_networks] == ["127.0.0.1/32", "::1/128", "10.0.0.0/8"]
-    for wrong in ("10.0.0.1/8", "256.1.1.1", "a b", "http://x", "-x"):
-        assert problems({"UPSTREAM_HOST_ALLOWLIST": wrong})
+    addresses = "10.0.0.1/8 10.0.0.0/33 256.1.1.1 2130706433 0x7f.1 127.1 fe80::1%eth0 fe80::%1/64 ::1::"
+    names = "-x - localhost:9000 http://localhost *.local user@host host/24 bücher.example"
+    for wrong in (*addresses.split(), *names.split(), "a b"):
+        assert problems({"UPSTREAM_HOST_ALLOWLIST": f"localhost,{wrong}"}), wrong
 
 
 def test_every_private_upstream_may_be_allowed_but_not_in_production() -> None:

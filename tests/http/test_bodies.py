@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from callora.http.gateway.bodies import (
-    LAST_CHUNK,
     BadBody,
     BodyCutShort,
     BodyReader,
@@ -317,7 +316,7 @@ def test_a_trailer_that_decides_something_refuses_a_request_and_is_dropped_from_
 def test_encoding_writes_one_chunk_for_all_pieces_and_none_for_no_payload() -> None:
     assert encode_chunk([b"hello, ", b"chunk"]) == b"c\r\nhello, chunk\r\n"
     assert encode_chunk([]) == encode_chunk([b"", b""]) == b""
-    assert encode_last_chunk([]) == LAST_CHUNK
+    assert encode_last_chunk([]) == b"0\r\n\r\n"
     assert encode_last_chunk([(b"X", b"y"), (b"Z", b"")]) == b"0\r\nX: y\r\nZ: \r\n\r\n"
 
 

@@ -9,9 +9,9 @@ The tables are written out because `ipaddress.is_global` changes between Python 
 import re
 import socket
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Any, Final, Self
+from collections.abc import Awaitable, Callable, Sequence
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import Any, Final
 
 import attrs
 import idna
@@ -276,33 +276,6 @@ class AddressPolicy:
     """Host names, normalised, that are allowed whatever they resolve to."""
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
     """Networks whose addresses are allowed under any name."""
-
-    @classmethod
-    def from_allow_list(cls, entries: Iterable[str]) -> Self:
-        """Return the policy that the entries of UPSTREAM_HOST_ALLOWLIST describe; empty entries are skipped.
-
-        Args:
-            entries: host names (`localhost`), addresses (`10.0.0.7`, the same as a network of one) and networks in
-                CIDR form (`10.0.0.0/8`, `fd00::/8`); `*` is every network, for development.
-
-        Raises:
-            ValueError: an entry is none of these; the message quotes it.
-        """
-        hosts: set[str] = set()
-        networks: list[IPv4Network | IPv6Network] = []
-        for entry in filter(None, map(str.strip, entries)):
-            try:
-                if "%" in entry:
-                    raise ValueError("zone identifiers are not allowed")
-                if entry == "*":
-                    networks += (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
-                elif "/" in entry or ":" in entry or _is_numeric(entry):
-                    networks.append(ip_network(entry.strip("[]") if "/" not in entry else entry))
-                else:
-                    hosts.add(_parse_host(entry))
-            except ValueError as error:
-                raise ValueError(f"{entry!r} is neither a host name, an address nor a network: {error}") from None
-        return cls(frozenset(hosts), tuple(networks))
 
     def blocked_reason(self, host: str, address: str | IPv4Address | IPv6Address) -> str | None:
         """Return why this host must not be called at this address, None when it may.

@@ -24,9 +24,6 @@ FREE_OVERHEAD_BYTES: Final = 65536
 OVERHEAD_RATIO: Final = 16
 """Size lines and line ends may be FREE_OVERHEAD_BYTES + OVERHEAD_RATIO * payload bytes."""
 
-LAST_CHUNK: Final = b"0\r\n\r\n"
-"""Ends a chunked body that has no trailers."""
-
 FORBIDDEN_TRAILERS: Final = HOP_BY_HOP | {
     b"age",
     b"authorization",
