@@ -1,7 +1,8 @@
 """Row 10: memory of a process, of a vault that is used and of one that is not; and the longest pause among many vaults.
 
 An active vault has an actor, which is retired when nobody has called for some seconds and leaves its state behind; it
-is measured by a burst that is over before that. A touched vault was called once within the hour: what its key, limiter and counters leave behind.
+is measured by a burst that is over before that. A touched vault was called once within the hour: what its key, limiter
+and counters leave behind.
 """
 
 from collections.abc import Sequence
