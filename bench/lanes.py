@@ -4,12 +4,13 @@ All gateways run from the start. While one is measured the others are stopped wh
 shares its core with nobody; repetitions are interleaved, and each goes through the lanes from another start.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from statistics import median
 from typing import Final
 
 import attrs
+import trio
 
 from bench.load import Load, Target, run_wrk, write_keys
 from bench.machine import GATEWAY_CORE, Child, cpu_seconds
@@ -18,6 +19,8 @@ from bench.plan import Plan, Progress
 from bench.stack import Gateway, GatewayLane, LedgerCheck, Stack
 
 DIRECT: Final = "a"
+_WAKE_SECONDS: Final = 0.5
+"""After a process was stopped it trusts none of its caches until it has asked the database once, every 0.3 s."""
 HOT_CONNECTIONS: Final = 64
 """Where lane (d1) is measured, and where the ratios are taken."""
 
@@ -42,10 +45,11 @@ class Lane:
     connections: tuple[int, ...] | None = None
     """Set where the lane is not measured at all of the plan's."""
 
-    @contextmanager
-    def awake(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def awake(self) -> AsyncIterator[None]:
         """Let the lane's processes run for the block and stop them where they stand after it."""
         self.child.thaw()
+        await trio.sleep(_WAKE_SECONDS)
         yield
         if self.letter != DIRECT:  # every lane needs the upstream
             self.child.freeze()
@@ -147,7 +151,7 @@ async def run_lanes(stack: Stack, plan: Plan, progress: Progress) -> list[LaneFi
     async with AsyncExitStack() as up:
         lanes = await _start(stack, plan, up)
         for lane in lanes:
-            with lane.awake():
+            async with lane.awake():
                 await run_wrk(stack.tools["wrk"], lane.target, connections=64, seconds=1, directory=stack.directory)
         return await _interleave(stack, plan, progress, lanes)
 
@@ -184,7 +188,7 @@ async def _interleave(stack: Stack, plan: Plan, progress: Progress, lanes: Seque
         offset = repetition * len(rows) // plan.repetitions
         for position in [*range(offset, len(rows)), *range(offset)]:
             lane, connections = rows[position]
-            with lane.awake():
+            async with lane.awake():
                 sample, wrong = await measure(stack, lane, connections=connections, plan=plan)
             samples[position].append(sample)
             complaints[position] += wrong
