@@ -229,8 +229,13 @@ class VaultActor:
     def stored(self, stake: Stake, present: VaultState | None, missed: frozenset[EventId]) -> None:
         """Answer a stake that is durable."""
         self._end(stake)
-        if present is not None and self.state is not None:
-            self._resume_from(present)
+        if present is not None:
+            # Who is answered is told the balance as it is, not as it was thought to be.
+            drift = present.available - stake.envelopes[-1].available
+            for envelope in stake.envelopes:
+                envelope.available = Stroops(envelope.available + drift)
+            if self.state is not None:
+                self._resume_from(present)
         share = stake.share
         if missed and (
             any(hold.event_id in missed for hold in share.holds)

@@ -152,6 +152,19 @@ async def test_a_kept_state_that_is_stale_refuses_nobody(autojump_clock: MockClo
         assert isinstance(await at.ask(place(3, 1)), InsufficientFunds)
 
 
+async def test_a_kept_state_that_is_stale_tells_nobody_a_wrong_balance(autojump_clock: MockClock) -> None:
+    store = store_with(available=10)
+    async with running(store) as at:
+        await at.ask(place(1, 1))
+        await trio.sleep(IDLE_SECONDS + 2 * SWEEP_SECONDS)
+        await store.commit_locked(VAULT, Deposit(Stroops(100), "by another process"))
+        both = [at.send(place(2, 2)), at.send(place(3, 3))]
+        assert [await each.reply.wait() for each in both] == [HoldPlaced(Stroops(107)), HoldPlaced(Stroops(104))]
+        await trio.sleep(IDLE_SECONDS + 2 * SWEEP_SECONDS)
+        await store.commit_locked(VAULT, Deposit(Stroops(100), "by another process again"))
+        assert await at.ask(captured(2, 2)) == HoldClosed("captured", Stroops(2), Stroops(204))
+
+
 async def test_a_drain_waits_for_what_was_decided_without_a_task(autojump_clock: MockClock) -> None:
     store = store_with()
 
