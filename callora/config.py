@@ -144,6 +144,8 @@ _Size = Annotated[int, BeforeValidator(_from_size)]
 _Host = Annotated[str, AfterValidator(_host)]
 _UpstreamHosts = Annotated[tuple[Annotated[str, AfterValidator(_upstream_host)], ...], BeforeValidator(_split)]
 _Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_split)]
+_Claim = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,255}$")]
+_Networks = Annotated[tuple[Network, ...], BeforeValidator(_split)]
 _HeaderSecret = Annotated[SecretStr, AfterValidator(_header_secret)]
 _File = Annotated[Path, AfterValidator(_readable)]
 
@@ -279,6 +281,28 @@ class Settings(BaseSettings):
         shown="required in production",
     )
 
+    jwt_issuer: _Claim | None = _setting(
+        "JWT_ISSUER",
+        None,
+        "be 1 to 255 visible characters",
+        "The `iss` of access tokens; where set, no other is taken.",
+        shown="none: not checked",
+    )
+    jwt_audience: _Claim | None = _setting(
+        "JWT_AUDIENCE",
+        None,
+        "be 1 to 255 visible characters",
+        "The `aud` of access tokens; where set, no other is taken.",
+        shown="none: not checked",
+    )
+    admin_ip_allowed_ranges: _Networks = _setting(
+        "ADMIN_IP_ALLOWED_RANGES",
+        (),
+        "be a comma list of addresses and CIDR ranges",
+        "Where operators may come from.",
+        shown="empty: from anywhere",
+    )
+
     # PostgreSQL
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = _setting(
         "DATABASE_URL",
@@ -397,6 +421,23 @@ class Settings(BaseSettings):
     )
     key_max_concurrency: _Whole = _whole_number(
         "KEY_MAX_CONCURRENCY_PER_KEY", 50, 1, 1_000_000, "Calls of one key at the same time."
+    )
+
+    rest_rate_limit_window_seconds: _Milliseconds = _milliseconds(
+        "REST_RATE_LIMIT_WINDOW_MS", 60_000, 1, 86_400_000, "The window of the dashboard routes' limit."
+    )
+    rest_rate_limit_max_requests: _Whole = _whole_number(
+        "REST_RATE_LIMIT_MAX_REQUESTS",
+        100,
+        1,
+        1_000_000_000,
+        "Requests of one user, or of one address that is not logged in, in that window.",
+    )
+    login_rate_limit_window_seconds: _Milliseconds = _milliseconds(
+        "LOGIN_RATE_LIMIT_WINDOW_MS", 60_000, 1, 86_400_000, "The window of the login routes' limit."
+    )
+    login_rate_limit_max_requests: _Whole = _whole_number(
+        "LOGIN_RATE_LIMIT_MAX_REQUESTS", 5, 1, 1_000_000_000, "Login requests of one address in that window."
     )
 
     # The ledger

@@ -17,7 +17,7 @@ from callora.service import Context, Ledger
 from callora.store import accounts
 from callora.store.accounts import PricedEndpoint
 from callora.store.keys import add_key
-from callora.store.reads import Reads
+from callora.store.reads.gateway import Reads
 
 API_SLUG: Final = "weather-api"
 DEPOSIT: Final = "100"

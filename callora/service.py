@@ -33,13 +33,14 @@ from callora.actors.supervisor import Supervisor
 from callora.actors.vault import no_policies
 from callora.actors.writer import Writer
 from callora.config import Settings
+from callora.dashboard import Desk, make_dashboard
 from callora.http.gateway.addresses import AddressPolicy, Resolver
 from callora.http.gateway.admission import Admission
 from callora.http.gateway.calls import CallFlow, CallSettings
 from callora.http.gateway.client import TimeLimits
 from callora.http.gateway.listener import Listener, open_listener
 from callora.http.gateway.upstream import Upstreams
-from callora.http.rest.app import create_app, serve_rest
+from callora.http.rest.app import create_app, largest_body_bytes, serve_rest
 from callora.http.rest.deps import RestDeps
 from callora.ledger.ids import Ids
 from callora.logs import Logs
@@ -48,7 +49,7 @@ from callora.store import usage
 from callora.store.bridge import Database, open_database
 from callora.store.keys import note_use
 from callora.store.migrate import pending
-from callora.store.reads import Reads
+from callora.store.reads.gateway import Reads
 from callora.store.vaults import LINE_SETTINGS, VaultStore
 
 KEYED_BODY_BYTES_MAX: Final = 1_048_576
@@ -313,7 +314,19 @@ async def _start_parts(
         log=logs.logger("gateway"),
     )
     housekeeping = _Housekeeping(context, ledger.database, reads)
-    rest = _Rest(context, ledger, admission, housekeeping, budget)
+    desk = Desk(
+        settings=settings,
+        database=ledger.database,
+        registry=ledger.registry,
+        catalogue=catalogue,
+        admission=admission,
+        resolver=resolver,
+        clock=context.clock,
+        ids=context.ids,
+        metrics=metrics,
+        log=logs.logger("dashboard"),
+    )
+    rest = _Rest(context, desk, housekeeping, budget)
     listener = Listener(
         flow=flow,
         rest_path=rest.path,
@@ -324,7 +337,8 @@ async def _start_parts(
             body_seconds=settings.client_body_timeout_seconds,
         ),
         connections_max=settings.client_max_connections,
-        rest_body_bytes_max=settings.request_body_limit_bytes,
+        rest_body_bytes_max=rest.body_bytes_max,
+        trusted_proxies=settings.trusted_proxy_count,
         ids=context.ids,
         metrics=metrics,
         log=logs.logger("listener"),
@@ -346,6 +360,7 @@ async def _start_parts(
         ("compensation", compensator.run),
         ("expiry", expiry.run),
         *housekeeping.tasks(),
+        *rest.dashboard.tasks,
     )
     for name, task in tasks:
         await jobs.start(supervisor.run, name, task)
@@ -355,27 +370,25 @@ async def _start_parts(
 class _Rest:
     """The REST server, on a UNIX socket that only the listener knows."""
 
-    def __init__(
-        self, context: Context, ledger: Ledger, admission: Admission, housekeeping: "_Housekeeping", budget: Budget
-    ) -> None:
+    def __init__(self, context: Context, desk: Desk, housekeeping: "_Housekeeping", budget: Budget) -> None:
         self._context = context
-        self._ledger = ledger
-        self._admission = admission
+        self._desk = desk
         self._directory = Path(tempfile.mkdtemp(prefix="callora-"))
         self.path = str(self._directory / "rest.sock")
-        self._app = create_app(
-            RestDeps(
-                settings=context.settings,
-                metrics=context.metrics,
-                logger=context.logs.logger("rest"),
-                clock=context.clock,
-                new_request_id=context.ids.uuid7,
-                database_check=ledger.database.check,
-                draining=lambda: budget.draining,
-                pending_migrations=lambda: housekeeping.migrations_pending,
-                refresh_metrics=self._refresh_metrics,
-            )
+        deps = RestDeps(
+            settings=context.settings,
+            metrics=context.metrics,
+            logger=context.logs.logger("rest"),
+            clock=context.clock,
+            new_request_id=context.ids.uuid7,
+            database_check=desk.database.check,
+            draining=lambda: budget.draining,
+            pending_migrations=lambda: housekeeping.migrations_pending,
+            refresh_metrics=self._refresh_metrics,
         )
+        self.dashboard = make_dashboard(desk, deps)
+        self.body_bytes_max = largest_body_bytes(self.dashboard.operations, context.settings.request_body_limit_bytes)
+        self._app = create_app(deps, self.dashboard.operations, self.dashboard.doors)
 
     async def run(self, *, task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128 - the server it runs calls it
         """Serve until cancelled."""
@@ -397,8 +410,8 @@ class _Rest:
     def _refresh_metrics(self) -> None:
         metrics = self._context.metrics
         metrics.flush()
-        metrics.active_vaults.set(self._ledger.registry.active)
-        for api_id, breaker in self._admission.breaker_states().items():
+        metrics.active_vaults.set(self._desk.registry.active)
+        for api_id, breaker in self._desk.admission.breaker_states().items():
             metrics.upstream_breaker_state.of(str(api_id)).set(BREAKER_STATES[breaker.state])
 
 

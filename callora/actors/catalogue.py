@@ -20,7 +20,7 @@ from callora.ledger.ids import ApiKeyId, VaultId
 from callora.ledger.keys import PREFIX_CHARS, KeyRecord, hash_key
 from callora.ledger.pricing import ApiRecord
 from callora.metrics import Metrics
-from callora.store.reads import Reads
+from callora.store.reads.gateway import Reads
 
 STALE_SECONDS: Final = 1.0
 """The bound on staleness: nothing kept is used longer than this after the last complete look at the changes."""

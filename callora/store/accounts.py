@@ -3,6 +3,7 @@
 Every function repeats safely: what exists under the same name is left as it is.
 """
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
@@ -18,6 +19,16 @@ INSERT INTO users (user_id, name, created_at) VALUES ($1, $2, $3) ON CONFLICT (u
 """
 
 _FIND_USER: Final = "SELECT user_id FROM users WHERE name = $1 ORDER BY created_at, user_id LIMIT 1"
+
+_FIND_SUBJECT: Final = (
+    "SELECT user_id FROM users WHERE user_id = $2 OR subject = $1 ORDER BY subject = $1 NULLS FIRST LIMIT 1"
+)
+_UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
+
+_ADD_SUBJECT: Final = """
+INSERT INTO users (user_id, name, subject, created_at) VALUES ($1, left($2, 120), $2, $3)
+ON CONFLICT (subject) DO NOTHING
+"""
 
 _ADD_VAULT: Final = """
 INSERT INTO vaults (vault_id, user_id, network, plan_id, created_at) VALUES ($1, $2, $3, $4, $5)
@@ -74,6 +85,20 @@ async def find_user(database: Database, name: str) -> UserId | None:
     """Return the oldest user of this name."""
     found = await database.fetch_value(_FIND_USER, name)
     return None if found is None else UserId(str(found))
+
+
+async def ensure_subject(database: Database, user_id: UserId, subject: str, now: datetime) -> UserId:
+    """Return the user whom an outside issuer calls `subject`, or whose id it is; made under `user_id` where new.
+
+    Args:
+        subject: 1 to 255 characters.
+    """
+    own_id = subject if _UUID.fullmatch(subject) else None
+    found = await database.fetch_value(_FIND_SUBJECT, subject, own_id)
+    if found is None:
+        await database.execute(_ADD_SUBJECT, user_id, subject, now)
+        found = await database.fetch_value(_FIND_SUBJECT, subject, own_id)
+    return UserId(str(found))
 
 
 async def ensure_vault(

@@ -15,7 +15,7 @@ from callora.ledger.money import parse_usdc
 from callora.metrics import Metrics
 from callora.store.bridge import Database, open_database
 from callora.store.embedded import EmbeddedPostgres
-from callora.store.reads import Reads
+from callora.store.reads.gateway import Reads
 from tests.support.client import call, watchdog
 from tests.support.service import Consumer, RunningService, running_service
 from tests.support.upstream import RawUpstream, raw_upstream, respond

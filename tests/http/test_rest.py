@@ -21,6 +21,10 @@ from werkzeug.datastructures import Headers
 from callora.config import load_settings
 from callora.http.problems import ProblemRaised
 from callora.http.rest.app import RestDeps, create_app, serve_rest
+from callora.http.rest.health import Health, health_routes
+from callora.http.rest.identity import Authenticator, People
+from callora.http.rest.operations import Doors
+from callora.ledger.ids import UserId
 from callora.logs import Logs
 from callora.metrics import Metrics
 
@@ -46,6 +50,32 @@ async def healthy() -> None:
 async def broken() -> None:
     await trio.lowlevel.checkpoint()
     raise OSError("db-host.internal refused 5432")
+
+
+async def nobody(_: str) -> UserId:
+    raise AssertionError("a probe asks for nobody")
+
+
+async def never_alive(_: str, __: UserId) -> bool:
+    raise AssertionError("a probe asks for no session")
+
+
+async def not_audited(*_: object) -> None:
+    raise AssertionError("a probe is not audited")
+
+
+DOORS = Doors(
+    Authenticator(
+        tokens=None,
+        admin_key=None,
+        admin_networks=(),
+        user_header_allowed=False,
+        people=People(nobody, never_alive),
+        clock=FixedClock(),
+    ),
+    admit=lambda _path, _caller: None,
+    audit=not_audited,
+)
 
 
 @attrs.define
@@ -92,7 +122,12 @@ def house(
         draining=draining,
         **given,
     )
-    return House(create_app(deps), deps, logs, stream)
+    return House(probes(deps), deps, logs, stream)
+
+
+def probes(deps: RestDeps) -> QuartTrio:
+    """An app with the probes and the metrics alone."""
+    return create_app(deps, health_routes(Health(deps), deps).operations, DOORS)
 
 
 # Probes
@@ -185,7 +220,7 @@ async def test_readiness_says_what_is_missing(given: dict[str, Any], details: di
 async def test_metrics_are_prometheus_text_refreshed_before_the_scrape() -> None:
     made = house()
     made = House(
-        create_app(attrs.evolve(made.deps, refresh_metrics=lambda: made.deps.metrics.active_vaults.set(7))),
+        probes(attrs.evolve(made.deps, refresh_metrics=lambda: made.deps.metrics.active_vaults.set(7))),
         made.deps,
         made.logs,
         made.stream,

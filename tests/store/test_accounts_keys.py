@@ -13,7 +13,7 @@ from callora.ledger.money import Stroops
 from callora.store import accounts, keys
 from callora.store.accounts import PricedEndpoint
 from callora.store.bridge import Database
-from callora.store.reads import Reads
+from callora.store.reads.gateway import Reads
 from tests.simulation.ledgers import NOON, RealLedger, TestClock, real_ledger
 
 

@@ -11,7 +11,7 @@ from callora.ledger.ids import EventId, VaultId
 from callora.ledger.money import Stroops
 from callora.store import usage
 from callora.store.bridge import Database, open_database
-from callora.store.reads import Reads
+from callora.store.reads.gateway import Reads
 from tests.simulation.ledgers import NOON, RealLedger, TestClock, real_ledger
 from tests.simulation.support import CHARGED
 

@@ -44,7 +44,7 @@ from callora.ledger.rounds import CLEAN, RoundResult, Share
 from callora.ledger.vault import VaultState
 from callora.store import vaults
 from callora.store.bridge import Database, open_database
-from callora.store.reads import Reads
+from callora.store.reads.gateway import Reads
 from callora.store.vaults import LINE_SETTINGS, VaultStore
 from tests.simulation.ledgers import RealLedger, TestClock, real_ledger
 from tests.simulation.support import CHARGED, DELIVERED, METRICS, QUIET

@@ -190,8 +190,11 @@ class Admission:
         if scope is not None and scope not in key.scopes and "*" not in key.scopes:
             raise Refused("SCOPE_REQUIRED", details={"scope": scope})
         if key.allowed_networks is not None:
-            address = self._client_address(request, peer)
-            if address is None or not any(address in network for network in key.allowed_networks):
+            try:
+                address = ip_address(client_address(request, peer, self._trusted_proxies))
+            except ValueError:
+                raise Refused("IP_NOT_ALLOWED") from None
+            if not any(address in network for network in key.allowed_networks):
                 raise Refused("IP_NOT_ALLOWED")
         if key.standing == "suspended":
             raise Refused("VAULT_SUSPENDED")
@@ -280,16 +283,18 @@ class Admission:
         )
         return upstream
 
-    def _client_address(self, request: RequestHead, peer: str) -> object:
-        text = peer
-        if self._trusted_proxies:
-            entries = b",".join(request.values(b"x-forwarded-for")).decode("latin-1").split(",")
-            if len(entries) >= self._trusted_proxies:
-                text = entries[-self._trusted_proxies].strip()
-        try:
-            return ip_address(text)
-        except ValueError:
-            return None
+
+def client_address(request: RequestHead, peer: str, trusted_proxies: int) -> str:
+    """Return who asks: the peer, or the entry of X-Forwarded-For that the outermost of our own proxies wrote.
+
+    Args:
+        trusted_proxies: how many proxies in front of Callora are ours; with 0 the header is ignored.
+    """
+    if trusted_proxies:
+        entries = b",".join(request.values(b"x-forwarded-for")).decode("latin-1").split(",")
+        if len(entries) >= trusted_proxies:
+            return entries[-trusted_proxies].strip()
+    return peer
 
 
 def asks_for_another_protocol(request: RequestHead) -> bool:

@@ -54,7 +54,7 @@ from callora.ledger.outcomes import (
     VaultMissing,
 )
 from callora.metrics import Metrics, Tally
-from callora.store.reads import Claim, Reads
+from callora.store.reads.gateway import Claim, Reads
 
 ROUTE: Final = "/v1/call/{api}"
 _PROBLEM_LINES: Final = b"Content-Type: application/json\r\n"

@@ -14,7 +14,7 @@ from typing import Final
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from callora.http.gateway.admission import CALL_PREFIX, Refused, asks_for_another_protocol
+from callora.http.gateway.admission import CALL_PREFIX, Refused, asks_for_another_protocol, client_address
 from callora.http.gateway.bodies import BadBody
 from callora.http.gateway.calls import CallFlow, clean_request_id
 from callora.http.gateway.client import (
@@ -93,6 +93,7 @@ class Listener:
         limits: TimeLimits,
         connections_max: int,
         rest_body_bytes_max: int,
+        trusted_proxies: int,
         ids: Ids,
         metrics: Metrics,
         log: FilteringBoundLogger,
@@ -107,6 +108,7 @@ class Listener:
         self._limits = limits
         self._connections_max = connections_max
         self._rest_body_bytes_max = rest_body_bytes_max
+        self._trusted_proxies = trusted_proxies
         self._ids = ids
         self._metrics = metrics
         self._log = log
@@ -267,7 +269,7 @@ class Listener:
                 path=request.path,
                 authority=request.host or b"localhost",
                 request_id=request_id.encode("ascii"),
-                configured={"X-Forwarded-For": client.peer},
+                configured={"X-Forwarded-For": client_address(request, client.peer, self._trusted_proxies)},
                 key_in_authorization=False,
                 keep_cookies_and_keys=True,
             )

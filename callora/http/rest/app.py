@@ -1,6 +1,5 @@
 """The REST surface: the Quart-Trio app, its errors as problem documents, and how it is served."""
 
-import json
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -16,13 +15,12 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from callora.http.problems import CONTENT_TYPE, PROBLEMS, ProblemRaised, problem_body, problem_for_status
-from callora.http.rest.auth import require_token
 from callora.http.rest.deps import RestDeps
 from callora.http.rest.frame import EXCHANGE, UNKNOWN_ROUTE, AsgiApp, Exchange, Frame, shielded
-from callora.http.rest.health import Health
-from callora.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
+from callora.http.rest.operations import Doors, Operation, bind
+from callora.ledger.faults import OutcomeUnknown, StoreUnavailable
 
-__all__ = ["RestDeps", "create_app", "json_response", "serve_rest", "shielded"]
+__all__ = ["RestDeps", "create_app", "serve_rest", "shielded"]
 
 _UNIX = "unix:"
 
@@ -30,11 +28,6 @@ _UNIX = "unix:"
 def exchange() -> Exchange:
     """Return the exchange of the request being handled."""
     return cast(Exchange, cast(dict[str, Any], request.scope)[EXCHANGE])
-
-
-def json_response(document: Any, status: int = 200) -> Response:
-    """Return the document as a compact JSON answer."""
-    return Response(json.dumps(document, separators=(",", ":")), status, content_type=CONTENT_TYPE)
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
@@ -59,6 +52,10 @@ class RestApp(QuartTrio):
         leaves = list(_leaves(error))
         if all(isinstance(leaf, ProblemRaised | HTTPException) for leaf in leaves):
             return self._problem(cast(ProblemRaised | HTTPException, leaves[0]))
+        if all(isinstance(leaf, StoreUnavailable) for leaf in leaves):
+            return self._problem(ProblemRaised("SERVICE_UNAVAILABLE", headers={"Retry-After": "1"}))
+        if all(isinstance(leaf, OutcomeUnknown) for leaf in leaves):
+            return self._problem(ProblemRaised("OUTCOME_UNKNOWN"))
         if all(isinstance(leaf, trio.TooSlowError) for leaf in leaves):
             return self._problem(ProblemRaised("GATEWAY_TIMEOUT", "The request took too long"))
         self.deps.logger.error(
@@ -80,61 +77,31 @@ class RestApp(QuartTrio):
         return Response(body, PROBLEMS[error.problem.code].status, error.headers, content_type=CONTENT_TYPE)
 
 
-def create_app(deps: RestDeps) -> QuartTrio:
-    """Return the app with every REST route. Nothing is started, and nothing is shared with another app."""
+def create_app(deps: RestDeps, operations: Sequence[Operation], doors: Doors) -> QuartTrio:
+    """Return the app with these routes. Nothing is started, and nothing is shared with another app."""
     app = RestApp("callora", static_folder=None)
     app.deps = deps
-    app.config["MAX_CONTENT_LENGTH"] = deps.settings.request_body_limit_bytes
+    app.config["MAX_CONTENT_LENGTH"] = largest_body_bytes(operations, deps.settings.request_body_limit_bytes)
     app.config["BODY_TIMEOUT"] = deps.settings.client_body_timeout_seconds
     # A path with a slash too many matches or is 404: redirects are answers that no client of an API asks for
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
     app.before_request(_note_route)
-    _add_health(app, Health(deps))
-    _add_metrics(app, deps)
-    app.asgi_app = Frame(cast(AsgiApp, app.asgi_app), deps)  # type: ignore[method-assign,assignment]
+    bind(app, operations, doors)
+    larger = {each.path: each.body_bytes_max for each in operations if each.body_bytes_max is not None}
+    app.asgi_app = Frame(cast(AsgiApp, app.asgi_app), deps, larger)  # type: ignore[method-assign,assignment]
     return app
+
+
+def largest_body_bytes(operations: Sequence[Operation], request_body_limit_bytes: int) -> int:
+    """Return the largest request body that any route takes."""
+    return max(request_body_limit_bytes, *(each.body_bytes_max or 0 for each in operations), 0)
 
 
 async def _note_route() -> None:
     """Note which route matched. A coroutine, because the framework would run a plain function in a thread."""
     exchange().route = request.url_rule.rule if request.url_rule is not None else UNKNOWN_ROUTE
     await trio.lowlevel.checkpoint()
-
-
-def _add_health(app: QuartTrio, health: Health) -> None:
-    @app.get("/api/health")
-    async def get_health() -> Response:
-        return json_response(*await health.report())
-
-    @app.get("/livez")
-    async def get_livez() -> Response:
-        await trio.lowlevel.checkpoint()
-        return json_response({"status": "ok"})
-
-    @app.get("/readyz")
-    async def get_readyz() -> Response:
-        await health.require_ready()
-        return json_response({"status": "ok"})
-
-    @app.get("/healthz")
-    async def get_healthz() -> Response:
-        await trio.lowlevel.checkpoint()
-        return json_response({"status": "ok"})
-
-
-def _add_metrics(app: QuartTrio, deps: RestDeps) -> None:
-    # One scrape at a time: rendering is work for the interpreter, and two would only slow each other and the calls
-    rendering = trio.CapacityLimiter(1)
-
-    @app.get("/metrics")
-    @app.get("/api/metrics")
-    async def get_metrics() -> Response:
-        if deps.settings.is_production:
-            require_token(request.headers.get("Authorization"), deps.settings.metrics_api_key)
-        deps.refresh_metrics()
-        text = await trio.to_thread.run_sync(deps.metrics.render, limiter=rendering)
-        return Response(text, content_type=METRICS_CONTENT_TYPE)
 
 
 async def serve_rest(

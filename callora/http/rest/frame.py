@@ -5,7 +5,7 @@ than in the web framework's hooks, because answers that never reach those hooks 
 """
 
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, Final
 
 import attrs
@@ -65,6 +65,8 @@ class Exchange:
     """The client's address, "" where it is not known."""
     origin: bytes | None
     """The Origin header."""
+    body_bytes_max: int
+    """The largest request body taken."""
     route: str = UNKNOWN_ROUTE
     """The template of the route that matched."""
     status: int = 0
@@ -116,11 +118,15 @@ def _header(scope: Scope, name: bytes) -> bytes | None:
 class Frame:
     """An ASGI application around another."""
 
-    def __init__(self, app: AsgiApp, deps: RestDeps) -> None:
+    def __init__(self, app: AsgiApp, deps: RestDeps, larger_bodies: Mapping[str, int]) -> None:
+        """Args:
+        larger_bodies: paths whose body may be larger than REQUEST_BODY_LIMIT, in bytes.
+        """
         self._app = app
         self._deps = deps
         settings: Settings = deps.settings
         self._body_limit = settings.request_body_limit_bytes
+        self._larger_bodies = {path: max(limit, self._body_limit) for path, limit in larger_bodies.items()}
         self._origins = frozenset(origin.encode("ascii", "ignore") for origin in settings.cors_allowed_origins)
         self._headers = (*_SECURITY_HEADERS, *((_HSTS,) if settings.tls_enabled else ()))
 
@@ -156,6 +162,7 @@ class Frame:
             method=scope["method"],
             client=client,
             origin=_header(scope, b"origin"),
+            body_bytes_max=self._larger_bodies.get(scope["path"], self._body_limit),
         )
         scope[EXCHANGE] = exchange
         return exchange
@@ -165,7 +172,7 @@ class Frame:
             await self._answer(receive, send, 204, _PREFLIGHT_HEADERS if self._allowed(exchange) else (), b"")
             return
         length = _header(scope, b"content-length")
-        if length is not None and length.isdigit() and int(length) > self._body_limit:
+        if length is not None and length.isdigit() and int(length) > exchange.body_bytes_max:
             await self._refuse(exchange, receive, send, "REQUEST_BODY_TOO_LARGE")
             return
         try:
@@ -190,7 +197,7 @@ class Frame:
             message = await receive()
             if message["type"] == "http.request":
                 exchange.body_bytes += len(message.get("body", b""))
-                if exchange.body_bytes > self._body_limit:
+                if exchange.body_bytes > exchange.body_bytes_max:
                     exchange.body_exceeded = True
                     return {"type": "http.disconnect"}
             return message

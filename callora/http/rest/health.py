@@ -1,4 +1,4 @@
-"""Probes: is the process alive, may it be given work, and how does each thing it depends on fare."""
+"""Probes: is the process alive, may it be given work, how does each thing it depends on fare; and the metrics."""
 
 from typing import Any, Literal
 
@@ -6,8 +6,35 @@ import trio
 
 from callora.http.problems import ProblemRaised
 from callora.http.rest.deps import RestDeps
+from callora.http.rest.forms import Form, InstantOut, iso
+from callora.http.rest.identity import require_token
+from callora.http.rest.operations import Access, Answer, Ask, Routes, Text
+from callora.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 
 State = Literal["ok", "degraded", "down"]
+
+
+class Checks(Form):
+    """How each thing that the service depends on fares."""
+
+    api: State
+    database: State
+
+
+class HealthReport(Form):
+    """How the service fares."""
+
+    status: State
+    version: str
+    timestamp: InstantOut
+    checks: Checks
+
+
+class Alive(Form):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
 
 _SLOW_SECONDS = 1.0
 _RETRY_AFTER_SECONDS = 1
@@ -22,8 +49,8 @@ class Health:
         self._asked_count = 0
         self._last: State = "down"
 
-    async def report(self) -> tuple[dict[str, Any], int]:
-        """Return the document of `/api/health` and its status: 503 where something it cannot do without is down.
+    async def report(self) -> HealthReport:
+        """Return the document of `/api/health`.
 
         Raises:
             ProblemRaised: GATEWAY_TIMEOUT, past HEALTH_REQUEST_TIMEOUT_MS.
@@ -34,14 +61,12 @@ class Health:
             database = await self.database()
         if scope.cancelled_caught:
             raise ProblemRaised("GATEWAY_TIMEOUT", "The health check did not finish in time")
-        now = self._deps.clock.now()
-        document = {
-            "status": database,
-            "version": self._deps.settings.app_version,
-            "timestamp": now.strftime("%Y-%m-%dT%H:%M:%S.") + f"{now.microsecond // 1000:03d}Z",
-            "checks": {"api": "ok", "database": database},
-        }
-        return document, 503 if database == "down" else 200
+        return HealthReport(
+            status=database,
+            version=self._deps.settings.app_version,
+            timestamp=iso(self._deps.clock.now()),
+            checks=Checks(api="ok", database=database),
+        )
 
     async def require_ready(self) -> None:
         """Return when the process may be given work.
@@ -88,3 +113,57 @@ class Health:
             # Why it is down is for the log alone: a health document is read by strangers
             self._deps.logger.warning("the database does not answer", exc_info=True)
         return state
+
+
+def health_routes(health: Health, deps: RestDeps) -> Routes:
+    """Return the probes and the metrics."""
+    routes = Routes("Operations")
+    # One scrape at a time: rendering is work for the interpreter, and two would only slow each other and the calls
+    rendering = trio.CapacityLimiter(1)
+
+    @routes.add(
+        "GET",
+        "/api/health",
+        access=Access.PUBLIC,
+        answers={200: HealthReport, 503: HealthReport},
+        problems=("GATEWAY_TIMEOUT",),
+    )
+    async def get_health(_: Ask[Any, Any, Any]) -> Answer:
+        """How the service and what it depends on fare; 503 where it cannot do without what is down."""
+        report = await health.report()
+        return Answer(report, 503 if report.status == "down" else 200)
+
+    @routes.add("GET", "/livez", access=Access.PUBLIC, answers={200: Alive})
+    async def get_livez(_: Ask[Any, Any, Any]) -> Answer:
+        """Whether the process answers."""
+        await trio.lowlevel.checkpoint()
+        return Answer(Alive())
+
+    @routes.add("GET", "/readyz", access=Access.PUBLIC, answers={200: Alive})
+    async def get_readyz(_: Ask[Any, Any, Any]) -> Answer:
+        """Whether the process may be given work; 503 while it drains, lacks migrations or has no database."""
+        await health.require_ready()
+        return Answer(Alive())
+
+    @routes.add("GET", "/healthz", access=Access.PUBLIC, answers={200: Alive})
+    async def get_healthz(_: Ask[Any, Any, Any]) -> Answer:
+        """The last collection run where meter sources are configured, else ok."""
+        await trio.lowlevel.checkpoint()
+        return Answer(Alive())
+
+    @routes.add(
+        "GET",
+        "/api/metrics",
+        access=Access.PUBLIC,
+        answers={200: Text(METRICS_CONTENT_TYPE, "Prometheus text")},
+        problems=("UNAUTHORIZED",),
+        aliases=("/metrics",),
+    )
+    async def get_metrics(ask: Ask[Any, Any, Any]) -> Answer:
+        """What Prometheus scrapes; in production with METRICS_API_KEY as a Bearer token."""
+        if deps.settings.is_production:
+            require_token(ask.headers.get("Authorization"), deps.settings.metrics_api_key)
+        deps.refresh_metrics()
+        return Answer(await trio.to_thread.run_sync(deps.metrics.render, limiter=rendering))
+
+    return routes

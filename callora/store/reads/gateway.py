@@ -1,4 +1,4 @@
-"""What may be read without going through an actor: keys, APIs and prices, stored answers, sums."""
+"""What the gateway reads: keys, APIs and prices, stored answers; and the sums that gauges show."""
 
 import json
 from collections.abc import Sequence

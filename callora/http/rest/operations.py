@@ -1,0 +1,276 @@
+"""Operations: every REST route declared once, for the router, the validation and the OpenAPI document alike.
+
+An operation says what it takes, what it answers, who may ask and which problems it can end in. Nothing reaches its
+handler that does not fit its forms, and nothing leaves it that the document does not show.
+"""
+
+import hashlib
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any, Final, Generic, TypeVar, cast
+
+import attrs
+from quart import Response, request
+from quart_trio import QuartTrio
+from werkzeug.datastructures import Headers, MultiDict
+
+from callora.http.problems import CONTENT_TYPE, ProblemRaised
+from callora.http.rest.forms import Form, read_body, read_texts
+from callora.http.rest.frame import EXCHANGE, Exchange
+from callora.http.rest.identity import Authenticator, Identity
+
+P = TypeVar("P", bound=Form)
+Q = TypeVar("Q", bound=Form)
+B = TypeVar("B", bound=Form)
+
+
+class Empty(Form):
+    """Nothing."""
+
+
+class Access(Enum):
+    """Who may ask."""
+
+    PUBLIC = "public"
+    """Anyone; credentials are not looked at."""
+    USER = "user"
+    """A person who is logged in."""
+    ADMIN = "admin"
+    """An operator. Every access is audited."""
+
+
+@attrs.frozen
+class Ask(Generic[P, Q, B]):
+    """One request that fits its operation's forms."""
+
+    path: P
+    query: Q
+    body: B
+    identity: Identity | None
+    """None where the operation is public."""
+    headers: Headers
+    exchange: Exchange
+
+    @property
+    def user_id(self) -> str:
+        """The person who asks; only where the operation is a person's."""
+        assert self.identity is not None
+        assert self.identity.user_id is not None
+        return self.identity.user_id
+
+
+@attrs.frozen
+class Answer:
+    """A success. What it carries is a form, bytes of the operation's media type, a stream of them, or nothing."""
+
+    body: Form | bytes | AsyncIterator[bytes] | None = None
+    status: int = 200
+    headers: Mapping[str, str] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class Text:
+    """An answer that is not JSON."""
+
+    media_type: str
+    description: str
+
+
+Handler = Callable[[Ask[Any, Any, Any]], Awaitable[Answer]]
+
+
+@attrs.frozen
+class Operation:
+    """One route and method."""
+
+    method: str
+    path: str
+    """With parameters in braces: `/api/keys/{keyId}`."""
+    operation_id: str
+    summary: str
+    description: str
+    tag: str
+    access: Access
+    path_form: type[Form]
+    query_form: type[Form]
+    body_form: type[Form] | None
+    answers: Mapping[int, type[Form] | Text | None]
+    problems: tuple[str, ...]
+    """Codes besides those that follow from the declaration itself."""
+    etag: bool
+    """Whether a GET's answer carries an ETag and honours If-None-Match."""
+    idempotency_key: str
+    """`none`, `optional` or `required`: what the operation does with an Idempotency-Key."""
+    body_bytes_max: int | None
+    """Where the operation takes a larger body than REQUEST_BODY_LIMIT."""
+    alias_of: str | None
+    """The canonical path of a second name."""
+    handler: Handler
+
+
+_PARAMETER: Final = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+class Routes:
+    """The operations of one noun, in the order of the document."""
+
+    def __init__(self, tag: str) -> None:
+        self.tag = tag
+        self.operations: list[Operation] = []
+
+    def add(
+        self,
+        method: str,
+        path: str,
+        *,
+        access: Access,
+        answers: Mapping[int, type[Form] | Text | None],
+        path_form: type[Form] = Empty,
+        query: type[Form] = Empty,
+        body: type[Form] | None = None,
+        problems: Sequence[str] = (),
+        etag: bool = False,
+        idempotency_key: str = "none",
+        body_bytes_max: int | None = None,
+        aliases: Sequence[str] = (),
+    ) -> Callable[[Handler], Handler]:
+        """Declare an operation; its handler's name is its id, the first line of its docstring its summary."""
+
+        def declare(handler: Handler) -> Handler:
+            summary, _, rest = (handler.__doc__ or "").strip().partition("\n")
+            name = getattr(handler, "__name__", "")
+            assert summary, f"{name} needs a docstring"
+            for number, each in enumerate((path, *aliases)):
+                assert set(_PARAMETER.findall(each)) == set(path_form.model_fields), f"{each}: parameters and form"
+                self.operations.append(
+                    Operation(
+                        method=method,
+                        path=each,
+                        operation_id=name + "_alias" * bool(number),
+                        summary=summary.rstrip("."),
+                        description=" ".join(rest.split()),
+                        tag=self.tag,
+                        access=access,
+                        path_form=path_form,
+                        query_form=query,
+                        body_form=body,
+                        answers=answers,
+                        problems=tuple(problems),
+                        etag=etag,
+                        idempotency_key=idempotency_key,
+                        body_bytes_max=body_bytes_max,
+                        alias_of=path if number else None,
+                        handler=handler,
+                    )
+                )
+            return handler
+
+        return declare
+
+
+Admit = Callable[[str, str], None]
+"""Takes a request of a path by someone (`user:…` or `ip:…`) from his rate limit, or raises TOO_MANY_REQUESTS."""
+Audit = Callable[[Identity | None, Operation, Exchange, int, Mapping[str, str]], Awaitable[None]]
+"""Writes a line of the audit: who, what, from where, with which status, and the path's parameters."""
+
+
+@attrs.frozen
+class Doors:
+    """What stands before every handler."""
+
+    authenticator: Authenticator
+    admit: Admit
+    audit: Audit
+
+
+def bind(app: QuartTrio, operations: Sequence[Operation], doors: Doors) -> None:
+    """Give the app a route for each operation."""
+    for operation in operations:
+        rule = _PARAMETER.sub(r"<\1>", operation.path)
+        app.add_url_rule(
+            rule,
+            endpoint=operation.operation_id,
+            view_func=_view(operation, doors),
+            methods=[operation.method],
+        )
+
+
+def _view(operation: Operation, doors: Doors) -> Callable[..., Awaitable[Response]]:
+    async def view(**parameters: str) -> Response:
+        exchange = cast(Exchange, cast(dict[str, Any], request.scope)[EXCHANGE])
+        if operation.access is Access.ADMIN:
+            return await _audited(operation, doors, exchange, parameters)
+        identity = None
+        if operation.access is Access.USER:
+            try:
+                identity = await doors.authenticator.user(request.headers)
+            except ProblemRaised:
+                doors.admit(operation.path, f"ip:{exchange.client}")
+                raise
+        doors.admit(operation.path, f"user:{identity.user_id}" if identity is not None else f"ip:{exchange.client}")
+        return _respond(operation, await _handle(operation, identity, exchange, parameters))
+
+    return view
+
+
+async def _audited(operation: Operation, doors: Doors, exchange: Exchange, parameters: Mapping[str, str]) -> Response:
+    """Carry out an operator's request, and note it whatever came of it, before it is answered."""
+    identity: Identity | None = None
+    status = 500
+    try:
+        doors.admit(operation.path, f"ip:{exchange.client}")
+        identity = await doors.authenticator.admin(request.headers, exchange.client)
+        response = _respond(operation, await _handle(operation, identity, exchange, parameters))
+        status = response.status_code
+        return response
+    except ProblemRaised as problem:
+        status = problem.problem.status
+        raise
+    finally:
+        await doors.audit(identity, operation, exchange, status, parameters)
+
+
+async def _handle(
+    operation: Operation, identity: Identity | None, exchange: Exchange, parameters: Mapping[str, str]
+) -> Answer:
+    path, wrong_path = read_texts(operation.path_form, "path", MultiDict(parameters))
+    query, wrong_query = read_texts(operation.query_form, "query", request.args)
+    body: Form | None = None
+    wrong_body: list[dict[str, str]] = []
+    if operation.body_form is not None:
+        if request.mimetype != CONTENT_TYPE:
+            raise ProblemRaised("UNSUPPORTED_MEDIA_TYPE", "Send the body as application/json")
+        body, wrong_body = read_body(operation.body_form, cast(bytes, await request.get_data(as_text=False)))
+    wrong = [*wrong_path, *wrong_query, *wrong_body]
+    if wrong:
+        raise ProblemRaised("VALIDATION_ERROR", details=wrong)
+    return await operation.handler(Ask(path, query, body, identity, request.headers, exchange))
+
+
+def _respond(operation: Operation, answer: Answer) -> Response:
+    promised = operation.answers[answer.status]
+    headers = dict(answer.headers)
+    if promised is None:
+        assert answer.body is None
+        return Response(b"", answer.status, headers)
+    if isinstance(promised, Text):
+        assert answer.body is not None
+        assert not isinstance(answer.body, Form)
+        return Response(answer.body, answer.status, headers, content_type=promised.media_type)
+    assert isinstance(answer.body, promised), f"{operation.operation_id} answers {type(answer.body).__name__}"
+    document = answer.body.model_dump_json(by_alias=True).encode()
+    if operation.etag:
+        tag = f'"{hashlib.sha256(document).hexdigest()[:32]}"'
+        headers |= {"ETag": tag, "Cache-Control": "no-cache"}
+        if _matches(request.headers.get("If-None-Match"), tag):
+            return Response(b"", 304, headers)
+    return Response(document, answer.status, headers, content_type=CONTENT_TYPE)
+
+
+def _matches(condition: str | None, tag: str) -> bool:
+    """Tell whether If-None-Match names the tag, compared weakly: RFC 9110 §13.1.2."""
+    if condition is None:
+        return False
+    candidates = [each.strip().removeprefix("W/") for each in condition.split(",")]
+    return tag in candidates or candidates == ["*"]

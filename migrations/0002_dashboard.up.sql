@@ -1,0 +1,168 @@
+-- What developers, consumers and operators do outside the call: people and their sessions, the marketplace, keys with
+-- their tokens, charges over REST, the rollup that every sum is read from, and the audit of operators.
+
+-- A person is known by a wallet, or by the subject of an outside issuer's tokens, or by both.
+ALTER TABLE users
+    ADD COLUMN wallet_address text UNIQUE CHECK (wallet_address ~ '^G[A-Z2-7]{55}$'),
+    ADD COLUMN subject text UNIQUE CHECK (length(subject) BETWEEN 1 AND 255);
+
+-- A session is a family of refresh tokens, of which one is unused; using a used one again ends the family.
+CREATE TABLE sessions (
+    session_id     uuid PRIMARY KEY,
+    user_id        uuid NOT NULL REFERENCES users,
+    client_address text NOT NULL CHECK (length(client_address) <= 64),
+    user_agent     text NOT NULL CHECK (length(user_agent) <= 256),
+    created_at     timestamptz NOT NULL,
+    last_used_at   timestamptz NOT NULL,
+    expires_at     timestamptz NOT NULL,
+    revoked_at     timestamptz,
+    revoked_for    text CHECK (revoked_for IN ('logout', 'revoked_all', 'reuse'))
+);
+CREATE INDEX sessions_user ON sessions (user_id, created_at);
+CREATE INDEX sessions_expiry ON sessions (expires_at);
+
+CREATE TABLE refresh_tokens (
+    token_hash bytea PRIMARY KEY CHECK (length(token_hash) = 32),
+    session_id uuid NOT NULL REFERENCES sessions ON DELETE CASCADE,
+    issued_at  timestamptz NOT NULL,
+    expires_at timestamptz NOT NULL,
+    used_at    timestamptz
+);
+CREATE INDEX refresh_tokens_session ON refresh_tokens (session_id);
+
+-- What was given to a wallet to sign. It is used once; kept until it could not be used any more.
+CREATE TABLE login_challenges (
+    challenge_hash bytea PRIMARY KEY CHECK (length(challenge_hash) = 32),
+    wallet_address text NOT NULL,
+    expires_at     timestamptz NOT NULL,
+    used_at        timestamptz
+);
+CREATE INDEX login_challenges_expiry ON login_challenges (expires_at);
+
+ALTER TABLE developers
+    ALTER COLUMN name DROP NOT NULL,
+    ADD COLUMN website text CHECK (length(website) <= 2048),
+    ADD COLUMN description text CHECK (length(description) <= 500),
+    ADD COLUMN category text CHECK (length(category) <= 60),
+    ADD COLUMN updated_at timestamptz NOT NULL DEFAULT now();
+
+ALTER TABLE apis
+    ADD COLUMN description text CHECK (length(description) BETWEEN 1 AND 4000),
+    ADD COLUMN category text CHECK (length(category) BETWEEN 1 AND 60),
+    ADD COLUMN tags text[] NOT NULL DEFAULT '{}' CHECK (cardinality(tags) <= 20),
+    ADD COLUMN logo_url text CHECK (length(logo_url) <= 2048),
+    ADD COLUMN updated_at timestamptz NOT NULL DEFAULT now(),
+    ADD COLUMN deleted_at timestamptz;
+CREATE INDEX apis_listing ON apis (created_at DESC, api_id DESC) WHERE status = 'active' AND deleted_at IS NULL;
+CREATE INDEX apis_developer ON apis (developer_id);
+
+-- A retired endpoint is offered no more; its row stays, because usage events name it.
+ALTER TABLE api_endpoints
+    ADD COLUMN description text CHECK (length(description) BETWEEN 1 AND 1000),
+    ADD COLUMN retired_at timestamptz;
+
+-- A regenerated key's former secret may live on for a grace period.
+ALTER TABLE api_keys
+    ADD COLUMN description text CHECK (length(description) <= 500),
+    ADD COLUMN previous_prefix text,
+    ADD COLUMN previous_hash bytea UNIQUE CHECK (length(previous_hash) = 32),
+    ADD COLUMN previous_expires_at timestamptz,
+    ADD CHECK ((previous_hash IS NULL) = (previous_prefix IS NULL)
+               AND (previous_hash IS NULL) = (previous_expires_at IS NULL));
+CREATE INDEX api_keys_previous_prefix ON api_keys (previous_prefix) WHERE previous_prefix IS NOT NULL;
+CREATE INDEX api_keys_user ON api_keys (user_id, api_key_id);
+
+-- A short-lived token under a key. `spent` is taken before a call and given back when the call was not charged: what a
+-- crash loses is budget, never money.
+CREATE TABLE access_tokens (
+    token_id     uuid PRIMARY KEY,
+    api_key_id   uuid NOT NULL REFERENCES api_keys,
+    scopes       text[] NOT NULL CHECK (cardinality(scopes) BETWEEN 1 AND 20),
+    allowed_apis bigint[],
+    budget       bigint CHECK (budget > 0),
+    spent        bigint NOT NULL DEFAULT 0 CHECK (spent >= 0 AND spent <= coalesce(budget, spent)),
+    created_at   timestamptz NOT NULL,
+    expires_at   timestamptz NOT NULL
+);
+CREATE INDEX access_tokens_key ON access_tokens (api_key_id);
+CREATE INDEX access_tokens_expiry ON access_tokens (expires_at);
+
+ALTER TABLE ledger_entries
+    DROP CONSTRAINT ledger_entries_kind_check,
+    ADD CONSTRAINT ledger_entries_kind_check CHECK (kind IN ('deposit', 'withdrawal', 'refund', 'grant', 'adjustment')),
+    ADD CONSTRAINT ledger_entries_grant_check CHECK (kind <> 'grant' OR amount > 0);
+
+-- A charge asked for over REST, bound to the usage event that carries it out before that event exists.
+CREATE TABLE billing_requests (
+    user_id     uuid NOT NULL REFERENCES users,
+    request_id  text NOT NULL CHECK (length(request_id) BETWEEN 1 AND 255),
+    vault_id    uuid NOT NULL REFERENCES vaults,
+    event_id    uuid NOT NULL UNIQUE,
+    api_key_id  uuid NOT NULL,
+    api_id      bigint NOT NULL,
+    endpoint_id bigint NOT NULL,
+    amount      bigint NOT NULL CHECK (amount > 0),
+    fingerprint bytea NOT NULL CHECK (length(fingerprint) = 32),
+    state       text NOT NULL DEFAULT 'started' CHECK (state IN ('started', 'captured', 'failed')),
+    created_at  timestamptz NOT NULL,
+    PRIMARY KEY (user_id, request_id)
+);
+CREATE INDEX billing_requests_listing ON billing_requests (user_id, created_at DESC, request_id);
+
+-- The first answer to a REST request with an Idempotency-Key, for its user alone.
+CREATE TABLE rest_idempotency (
+    user_id     uuid NOT NULL,
+    key         text NOT NULL CHECK (length(key) BETWEEN 1 AND 255),
+    fingerprint bytea NOT NULL CHECK (length(fingerprint) = 32),
+    status      smallint,
+    body        bytea,
+    created_at  timestamptz NOT NULL,
+    expires_at  timestamptz NOT NULL,
+    PRIMARY KEY (user_id, key),
+    CHECK ((status IS NULL) = (body IS NULL))
+);
+CREATE INDEX rest_idempotency_expiry ON rest_idempotency (expires_at);
+
+-- Calls and money by minute: the only source of sums. Derived from closed usage events, rebuildable from nothing.
+-- Every minute before `done_until` is final; the minutes after it are counted anew at each pass.
+CREATE TABLE usage_minutes (
+    vault_id       uuid NOT NULL,
+    minute         timestamptz NOT NULL,
+    api_key_id     uuid NOT NULL,
+    endpoint_id    bigint NOT NULL,
+    api_id         bigint NOT NULL,
+    developer_id   uuid NOT NULL,
+    calls          bigint NOT NULL CHECK (calls > 0),
+    charged_calls  bigint NOT NULL CHECK (charged_calls BETWEEN 0 AND calls),
+    failed_calls   bigint NOT NULL CHECK (failed_calls BETWEEN 0 AND calls),
+    amount         bigint NOT NULL CHECK (amount >= 0),
+    latency_us     bigint NOT NULL CHECK (latency_us >= 0),
+    request_bytes  bigint NOT NULL CHECK (request_bytes >= 0),
+    response_bytes bigint NOT NULL CHECK (response_bytes >= 0),
+    PRIMARY KEY (vault_id, minute, api_key_id, endpoint_id)
+);
+CREATE INDEX usage_minutes_developer ON usage_minutes (developer_id, minute);
+
+CREATE TABLE usage_rollup (
+    only_row   boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    done_until timestamptz NOT NULL,
+    passed_at  timestamptz NOT NULL
+);
+
+-- Every access by an operator, whatever came of it. Append-only.
+CREATE TABLE audit_events (
+    audit_id       uuid PRIMARY KEY,
+    at             timestamptz NOT NULL,
+    actor          text NOT NULL CHECK (length(actor) BETWEEN 1 AND 255),
+    action         text NOT NULL CHECK (length(action) BETWEEN 1 AND 120),
+    target         text CHECK (length(target) <= 255),
+    client_address text NOT NULL CHECK (length(client_address) <= 64),
+    request_id     text NOT NULL CHECK (length(request_id) <= 128),
+    status         smallint NOT NULL,
+    details        jsonb NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(details) = 'object')
+);
+CREATE INDEX audit_events_at ON audit_events (at DESC, audit_id DESC);
+CREATE TRIGGER audit_never_rewritten BEFORE UPDATE OR DELETE ON audit_events
+    FOR EACH ROW EXECUTE FUNCTION refuse_rewrite();
+CREATE TRIGGER audit_never_emptied BEFORE TRUNCATE ON audit_events
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_rewrite();
