@@ -67,7 +67,10 @@ def main(url: str, upstream_url: str, admin_key: str) -> None:
             "document": DOCUMENT,
             "base_url": upstream_url,
             "category": "weather",
-            "prices": {"default": "0.01", "operations": [{"method": "POST", "path": "/reports/{city}", "price": "0.02"}]},
+            "prices": {
+                "default": "0.01",
+                "operations": [{"method": "POST", "path": "/reports/{city}", "price": "0.02"}],
+            },
         },
     ).json()
     print(f"published {published['name']} as {published['slug']}")
