@@ -6,6 +6,7 @@ under a key must itself repeat safely: by a request's id, or by a reference made
 """
 
 import hashlib
+from contextlib import suppress
 from datetime import timedelta
 from typing import Final
 
@@ -19,9 +20,12 @@ from callora.store import intents
 from callora.store.bridge import Database
 from callora.store.intents import KeptAnswer
 
+__all__ = ["Begun", "InProgress", "Intents", "KeptAnswer", "Mismatch", "reference"]
+
 ABANDONED_SECONDS: Final = 60.0
 """An intent begun so long ago and not answered has lost its process: no request may take as long."""
 EXIT_SECONDS_MAX: Final = 5.0
+"""How long an intent's end may take when who asked has gone."""
 LOOKS_MAX: Final = 3
 DROP_BATCH: Final = 10_000
 
@@ -92,27 +96,19 @@ class Intents:
                 abandoned_before=now - timedelta(seconds=ABANDONED_SECONDS),
             )
         except BaseException:  # it may have been claimed all the same, and nobody would end it
-            await self.forget(begun)
+            with trio.move_on_after(EXIT_SECONDS_MAX, shield=True):
+                await self.forget(begun)
             raise
 
     async def keep(self, begun: Begun, answer: KeptAnswer) -> None:
-        """Keep the answer. Shielded: what was done is done, and its client may have gone.
-
-        A fault frees nothing and changes nothing: a repetition takes over and finds what was done.
-        """
-        with trio.move_on_after(EXIT_SECONDS_MAX, shield=True):
-            try:
-                await intents.answer_intent(self._database, begun.actor, begun.key, begun.attempt, answer)
-            except CalloraFault:
-                return
+        """Keep the answer. After a fault a repetition takes over in time, and finds what was done."""
+        with suppress(CalloraFault):
+            await intents.answer_intent(self._database, begun.actor, begun.key, begun.attempt, answer)
 
     async def forget(self, begun: Begun) -> None:
-        """Free the key, so that a repetition is carried out at once. Shielded; a fault leaves it to be taken over."""
-        with trio.move_on_after(EXIT_SECONDS_MAX, shield=True):
-            try:
-                await intents.forget_intent(self._database, begun.actor, begun.key, begun.attempt)
-            except CalloraFault:
-                return
+        """Free the key, so that a repetition is carried out at once; after a fault it is taken over in time."""
+        with suppress(CalloraFault):
+            await intents.forget_intent(self._database, begun.actor, begun.key, begun.attempt)
 
     async def drop_expired(self) -> None:
         """Forget what is past its retention.
