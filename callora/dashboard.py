@@ -23,6 +23,7 @@ from callora.http.rest.health import Health, health_routes
 from callora.http.rest.identity import Authenticator, Identity, People, TokenSettings
 from callora.http.rest.limits import PaceRule, RestLimiter
 from callora.http.rest.operations import Audit, Doors, Operation, Routes
+from callora.http.rest.operators import operator_routes
 from callora.http.rest.pages import document_routes
 from callora.ledger.clock import Clock
 from callora.ledger.faults import StoreUnavailable
@@ -92,6 +93,7 @@ def make_dashboard(desk: Desk, deps: RestDeps) -> Dashboard:
     nouns: list[Routes] = [
         health_routes(Health(deps), deps),
         billing_routes(billing, desk.database),
+        operator_routes(desk.database, desk.registry, desk.catalogue, desk.admission, desk.clock),
     ]
     operations: list[Operation] = []
     nouns.append(document_routes(lambda: operations, settings.app_version))

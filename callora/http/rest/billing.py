@@ -81,9 +81,9 @@ class DeductItem(Form):
     requestId: RequestId
     apiId: Number
     endpointId: Number
-    apiKeyId: Uuid | None = Field(None, description="A key of yours that the charge is counted under.")
+    apiKeyId: Uuid | None = Field(default=None, description="A key of yours that the charge is counted under.")
     amountUsdc: PositiveUsdc
-    network: Network | None = Field(None, description="Which of your vaults pays: the key's, or your only one.")
+    network: Network | None = Field(default=None, description="Which of your vaults pays: the key's, or your only one.")
 
     def order(self) -> Order:
         """Return what is asked for."""
@@ -100,7 +100,7 @@ class DeductItem(Form):
 class DeductBody(DeductItem):
     """One charge, and perhaps the key of its intent."""
 
-    idempotencyKey: str | None = Field(None, min_length=1, max_length=255, description="Instead of the header.")
+    idempotencyKey: str | None = Field(default=None, min_length=1, max_length=255, description="Instead of the header.")
 
 
 class BulkBody(Form):
@@ -180,7 +180,7 @@ class BilledList(Form):
 class CreditsQuery(Form):
     """Whose credits are always the caller's."""
 
-    network: Network | None = Field(None, description="By default that of your only vault, else mainnet.")
+    network: Network | None = Field(default=None, description="By default that of your only vault, else mainnet.")
 
 
 class Credits(Form):
@@ -198,7 +198,7 @@ class RefundBody(Form):
     """Which charge to give back, and how much of it."""
 
     usageEventId: Uuid
-    amountUsdc: PositiveUsdc | None = Field(None, description="All that is left of it, when left out.")
+    amountUsdc: PositiveUsdc | None = Field(default=None, description="All that is left of it, when left out.")
     reason: Reason
 
 

@@ -211,6 +211,17 @@ def moment_of(position: int) -> datetime:
         raise invalid("query.cursor", "must be meta.nextCursor of an earlier page", "INVALID_VALUE") from None
 
 
+def read_uuid(position: str) -> str:
+    """Return the id that a cursor holds.
+
+    Raises:
+        ProblemRaised: VALIDATION_ERROR for `query.cursor`.
+    """
+    if _UUID.fullmatch(position) is None:
+        raise invalid("query.cursor", "must be meta.nextCursor of an earlier page", "INVALID_VALUE")
+    return position
+
+
 @attrs.frozen
 class Page:
     """One more row than the page shows was asked for; this is what is left of them."""
