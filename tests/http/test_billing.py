@@ -1,18 +1,20 @@
 """Charges over REST: each made once, to the caller's own vault, whatever else happens; refunds and grants."""
 
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
-import httpx
+import httpx  # noqa: ASYNC127 - what the tests' REST client is made of
 import pytest
 import trio
 
 from callora.ledger.commands import Grant, SetStanding
+from callora.ledger.faults import OutcomeUnknown
 from callora.ledger.ids import ApiId, VaultId
 from callora.ledger.money import Stroops, parse_usdc
+from callora.ledger.rounds import RoundResult, Share
 from callora.store import accounts
 from tests.proof.books import answer_uniquely, assert_audit_clean
 from tests.support.rest import ADMIN_KEY, Person, Told, admin, anonymous, person, rest_client
@@ -274,6 +276,52 @@ async def test_fifty_different_deducts_spend_what_is_there_and_no_more(database_
         assert Counter(each.status for each in told) == {200: 20, 402: 30}
         assert await at.service.balance(consumer) == (0, 0)
         assert await at.service.events(consumer) == [("captured", "deducted", CENT, None)] * 20
+
+
+async def test_an_unknown_outcome_is_said_to_be_unknown_and_its_retry_is_one_charge(database_url: str) -> None:
+    async with shop(database_url) as at:
+        consumer, someone = await at.payer("1")
+        store = at.service.ledger.store
+        stored = store.commit_round
+        silent = [True]
+
+        async def without_an_answer(shares: Sequence[Share]) -> RoundResult:
+            result = await stored(shares)
+            if silent.pop() if silent else False:
+                raise OutcomeUnknown("the answer was lost")
+            return result
+
+        store.commit_round = without_an_answer  # type: ignore[method-assign]
+        key = {"Idempotency-Key": "k"}
+        told = await someone.ask("POST", "/api/billing/deduct", at.body("r"), headers=key)
+        assert (told.status, told.code) == (504, "OUTCOME_UNKNOWN")
+        found = await someone.ask("GET", "/api/billing/request/r")
+        assert (found.body["success"], found.body["status"]) == (False, "held")
+        told = await someone.ask("POST", "/api/billing/deduct", at.body("r"), headers=key)
+        assert (told.status, told.body["usageEventId"]) == (200, found.body["usageEventId"])
+        silent.append(True)
+        items = {"items": [at.body("s"), at.body("t")]}
+        told = await someone.ask("POST", "/api/billing/deduct/bulk", items, headers={"Idempotency-Key": "b"})
+        assert [each["error"] and each["error"]["code"] for each in told.body["results"]] == ["OUTCOME_UNKNOWN", None]
+        told = await someone.ask("POST", "/api/billing/deduct/bulk", items, headers={"Idempotency-Key": "b"})
+        assert [each["success"] for each in told.body["results"]] == [True, True]
+        assert await at.service.events(consumer) == [("captured", "deducted", CENT, None)] * 3
+
+
+async def test_defect_52_a_success_is_not_wrapped_and_every_problem_has_one_shape(database_url: str) -> None:
+    async with shop(database_url) as at:
+        _, someone = await at.payer("0.01")
+        told = await someone.ask("POST", "/api/billing/deduct", at.body("r"))
+        assert "data" not in told.body and "requestId" not in told.body
+        for each in (
+            await someone.ask("POST", "/api/billing/deduct", at.body("s")),
+            await someone.ask("POST", "/api/billing/deduct", {}),
+            await someone.ask("GET", "/api/billing/request/x"),
+            await someone.ask("POST", "/api/billing/refund", {}),
+        ):
+            assert each.status >= 400
+            assert set(each.body) - {"details"} == {"code", "message", "requestId"}
+            assert each.body["requestId"] == each.headers["X-Request-Id"]
 
 
 async def test_a_bulk_tells_of_each_item_in_order_and_those_that_failed_may_be_sent_again(database_url: str) -> None:

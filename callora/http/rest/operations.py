@@ -248,7 +248,7 @@ async def _audited(operation: Operation, doors: Doors, exchange: Exchange, param
         status = 504
         raise
     finally:
-        await doors.audit(identity, operation, exchange, status, parameters)
+        await doors.audit(identity, operation, exchange, status, parameters)  # noqa: ASYNC102 - shields itself
 
 
 async def _read(

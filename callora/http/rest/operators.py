@@ -39,7 +39,6 @@ from callora.store.reads import operators as reads
 
 _RETRY: Final = {"Retry-After": "1"}
 _NEVER_FAILED: Final = Breaker(BreakerSettings(1, 0.0, 1))
-_BREAKERS_SHOWN_MAX: Final = 1000
 
 Standing = Literal["active", "arrears", "suspended"]
 Text = Annotated[str, Field(min_length=1, max_length=255)]
@@ -133,11 +132,10 @@ class BreakerState(Form):
 
 
 class BreakerList(Form):
-    """The breakers of the APIs that this process has called."""
+    """The breakers of the APIs that this process has called, by their number."""
 
     data: list[BreakerState]
-    scope: Literal["process"] = "process"
-    truncated: bool = Field(description="Whether there are more; those that are not closed come first.")
+    meta: PageMeta
 
 
 class BreakerPath(Form):
@@ -243,15 +241,20 @@ def operator_routes(
         await catalogue.refresh()
         return Answer(await person(UserId(ask.path.userId)))
 
-    @routes.add("GET", "/api/admin/circuit-breakers", access=Access.ADMIN, answers={200: BreakerList})
-    async def list_breakers(_: Ask[Any, Any, Any]) -> Answer:
+    @routes.add("GET", "/api/admin/circuit-breakers", access=Access.ADMIN, query=PageQuery, answers={200: BreakerList})
+    async def list_breakers(ask: Ask[Any, PageQuery, Any]) -> Answer:
         """The circuit breakers of the APIs that this process has called; every process has its own."""
         await trio.lowlevel.checkpoint()
-        states = sorted(admission.breaker_states().items(), key=lambda item: (item[1].state == "closed", item[0]))
+        limit = ask.query.limit
+        position = decode_cursor(ask.query.cursor, int)
+        after = 0 if position is None else position[0]
+        breakers = admission.breaker_states()
+        found = sorted(api_id for api_id in breakers if api_id > after)
+        cursor = encode_cursor(found[limit - 1]) if len(found) > limit else None
         return Answer(
             BreakerList(
-                data=[_breaker(api_id, each) for api_id, each in states[:_BREAKERS_SHOWN_MAX]],
-                truncated=len(states) > _BREAKERS_SHOWN_MAX,
+                data=[_breaker(api_id, breakers[api_id]) for api_id in found[:limit]],
+                meta=PageMeta(limit=limit, nextCursor=cursor, hasMore=cursor is not None),
             )
         )
 
