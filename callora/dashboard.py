@@ -1,27 +1,34 @@
 """The dashboard's REST: everything behind its routes is built here and given to them, a noun at a time."""
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Final
 
 import attrs
 import trio
 from structlog.typing import FilteringBoundLogger
 
+from callora.actors.billing import Billing
 from callora.actors.catalogue import Catalogue
+from callora.actors.expiry import repeat
+from callora.actors.intents import Intents
 from callora.actors.registry import VaultRegistry
 from callora.config import Settings
 from callora.http.gateway.addresses import Resolver
 from callora.http.gateway.admission import Admission
+from callora.http.rest.billing import billing_routes
 from callora.http.rest.deps import RestDeps
 from callora.http.rest.frame import Exchange
 from callora.http.rest.health import Health, health_routes
 from callora.http.rest.identity import Authenticator, Identity, People, TokenSettings
 from callora.http.rest.limits import PaceRule, RestLimiter
 from callora.http.rest.operations import Audit, Doors, Operation, Routes
+from callora.http.rest.operators import operator_routes
 from callora.http.rest.pages import document_routes
 from callora.ledger.clock import Clock
 from callora.ledger.faults import StoreUnavailable
 from callora.ledger.ids import Ids, UserId
+from callora.logs import mask
 from callora.metrics import Metrics
 from callora.store import accounts, operators
 from callora.store.bridge import Database
@@ -31,6 +38,7 @@ Task = Callable[[], Awaitable[None]]
 
 _LIMITED: Final = (
     "/api/billing",
+    "/api/credits",
     "/api/usage",
     "/api/developers",
     "/api/vault",
@@ -39,6 +47,7 @@ _LIMITED: Final = (
     "/api/admin",
 )
 _LOGIN: Final = ("/api/auth", "/auth")
+NOTED_CHARS_MAX: Final = 1000
 AUDIT_SECONDS_MAX: Final = 5.0
 """An operator is answered when his access is noted; this is how long that may take."""
 
@@ -71,21 +80,32 @@ class Dashboard:
 def make_dashboard(desk: Desk, deps: RestDeps) -> Dashboard:
     """Return the REST surface of a service; nothing is started."""
     settings = desk.settings
+    sweep_seconds = settings.idempotency_sweep_interval_seconds
     limiter = RestLimiter(
         (
             PaceRule("login", _LOGIN, settings.login_rate_limit_max_requests, settings.login_rate_limit_window_seconds),
             PaceRule("rest", _LIMITED, settings.rest_rate_limit_max_requests, settings.rest_rate_limit_window_seconds),
         )
     )
-    doors = Doors(_authenticator(desk), limiter.admit, _audit(desk))
-    nouns: list[Routes] = [health_routes(Health(deps), deps)]
+    intents = Intents(desk.database, desk.clock, desk.ids, retention_seconds=settings.idempotency_retention_seconds)
+    billing = Billing(desk.database, desk.registry, desk.clock, desk.ids)
+    doors = Doors(_authenticator(desk), limiter.admit, _audit(desk), intents)
+    nouns: list[Routes] = [
+        health_routes(Health(deps), deps),
+        billing_routes(billing, desk.database),
+        operator_routes(desk.database, desk.registry, desk.catalogue, desk.admission, desk.clock),
+    ]
     operations: list[Operation] = []
     nouns.append(document_routes(lambda: operations, settings.app_version))
     operations += (operation for noun in nouns for operation in noun.operations)
     return Dashboard(
         operations=tuple(operations),
         doors=doors,
-        tasks=(("rest limiter", limiter.run),),
+        tasks=(
+            ("rest limiter", limiter.run),
+            ("billing", billing.run),
+            ("rest intents", partial(repeat, "rest intents", intents.drop_expired, sweep_seconds, desk.log)),
+        ),
     )
 
 
@@ -112,6 +132,8 @@ def _audit(desk: Desk) -> Audit:
     async def audit(
         identity: Identity | None, operation: Operation, exchange: Exchange, status: int, parameters: Mapping[str, str]
     ) -> None:
+        target = exchange.audit_target or next(iter(parameters.values()), None)
+        details = {**parameters, **exchange.audit_details}
         with trio.move_on_after(AUDIT_SECONDS_MAX, shield=True) as scope:
             await operators.note_access(
                 desk.database,
@@ -120,17 +142,22 @@ def _audit(desk: Desk) -> Audit:
                     at=desk.clock.now(),
                     actor=identity.actor if identity is not None else "unknown",
                     action=operation.operation_id,
-                    target=next(iter(parameters.values()), None),
+                    target=_noted(target) if target is not None else None,
                     client_address=exchange.client,
-                    request_id=exchange.request_id,
+                    request_id=mask(exchange.request_id),
                     status=status,
-                    details=parameters,
+                    details={name: _noted(text) for name, text in details.items()},
                 ),
             )
         if scope.cancelled_caught:
             raise StoreUnavailable("the audit could not be written in time")
 
     return audit
+
+
+def _noted(text: str) -> str:
+    """Return a text as the audit may hold it for ever: without secrets that were pasted into it, and not long."""
+    return mask(text).replace("\0", "�")[:NOTED_CHARS_MAX]
 
 
 def token_settings(settings: Settings) -> TokenSettings | None:

@@ -92,34 +92,37 @@ ALTER TABLE ledger_entries
     ADD CONSTRAINT ledger_entries_kind_check CHECK (kind IN ('deposit', 'withdrawal', 'refund', 'grant', 'adjustment')),
     ADD CONSTRAINT ledger_entries_grant_check CHECK (kind <> 'grant' OR amount > 0);
 
--- A charge asked for over REST, bound to the usage event that carries it out before that event exists.
+-- A charge asked for over REST, bound to the usage event that carries it out before that event exists. What became of
+-- it is the event's to tell; bound to another event only when the one before ended uncharged.
 CREATE TABLE billing_requests (
     user_id     uuid NOT NULL REFERENCES users,
     request_id  text NOT NULL CHECK (length(request_id) BETWEEN 1 AND 255),
     vault_id    uuid NOT NULL REFERENCES vaults,
     event_id    uuid NOT NULL UNIQUE,
-    api_key_id  uuid NOT NULL,
+    api_key_id  uuid,
     api_id      bigint NOT NULL,
     endpoint_id bigint NOT NULL,
     amount      bigint NOT NULL CHECK (amount > 0),
     fingerprint bytea NOT NULL CHECK (length(fingerprint) = 32),
-    state       text NOT NULL DEFAULT 'started' CHECK (state IN ('started', 'captured', 'failed')),
     created_at  timestamptz NOT NULL,
     PRIMARY KEY (user_id, request_id)
 );
 CREATE INDEX billing_requests_listing ON billing_requests (user_id, created_at DESC, request_id);
 
--- The first answer to a REST request with an Idempotency-Key, for its user alone.
+-- The first answer to a REST request with an Idempotency-Key, for who asked alone. `attempt` is whose work it is: one
+-- that was taken over stores nothing.
 CREATE TABLE rest_idempotency (
-    user_id     uuid NOT NULL,
+    actor       text NOT NULL CHECK (length(actor) BETWEEN 1 AND 255),
     key         text NOT NULL CHECK (length(key) BETWEEN 1 AND 255),
     fingerprint bytea NOT NULL CHECK (length(fingerprint) = 32),
+    attempt     uuid NOT NULL,
     status      smallint,
+    headers     jsonb CHECK (jsonb_typeof(headers) = 'object'),
     body        bytea,
     created_at  timestamptz NOT NULL,
     expires_at  timestamptz NOT NULL,
-    PRIMARY KEY (user_id, key),
-    CHECK ((status IS NULL) = (body IS NULL))
+    PRIMARY KEY (actor, key),
+    CHECK ((status IS NULL) = (body IS NULL) AND (status IS NULL) = (headers IS NULL))
 );
 CREATE INDEX rest_idempotency_expiry ON rest_idempotency (expires_at);
 

@@ -363,6 +363,20 @@ _TABLE: Final = (
         "Create one: POST /api/vault.",
     ),
     Problem(
+        "BILLING_REQUEST_NOT_FOUND",
+        404,
+        "No such billing request",
+        "No charge of yours was asked for under this request id.",
+        "List them: GET /api/billing.",
+    ),
+    Problem(
+        "REFUND_EXCEEDS_CHARGE",
+        409,
+        "The refund exceeds what is left of the charge",
+        "Refunds of a usage event never exceed what was captured for it; details give what is refundable.",
+        "Refund at most that.",
+    ),
+    Problem(
         "COMPONENT_NOT_CONFIGURED",
         503,
         "This part is not configured",

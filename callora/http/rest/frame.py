@@ -48,8 +48,8 @@ _PREFLIGHT_HEADERS: Final = (
 )
 _EXPOSED_HEADERS: Final = (
     b"access-control-expose-headers",
-    b"Retry-After, X-Callora-Balance, X-Callora-Charge, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, "
-    b"X-Request-Id",
+    b"Idempotent-Replayed, Retry-After, X-Callora-Balance, X-Callora-Charge, X-RateLimit-Limit, X-RateLimit-Remaining, "
+    b"X-RateLimit-Reset, X-Request-Id",
 )
 
 
@@ -73,6 +73,10 @@ class Exchange:
     """The status sent, 0 before."""
     body_bytes: int = 0
     """Request body bytes received."""
+    audit_target: str | None = None
+    """What an operator's request is about, where the path does not say it."""
+    audit_details: dict[str, str] = attrs.field(factory=dict)
+    """What the audit notes besides the path's parameters; never a secret."""
     body_exceeded: bool = False
     """Whether the body went past its limit; the app was then told that the client had left."""
 
