@@ -96,9 +96,14 @@ def require_token(header: str | None, expected: SecretStr | None) -> None:
 
 
 def mint_access_token(
-    settings: TokenSettings, clock: Clock, user_id: UserId, session_id: str, wallet_address: str | None
+    settings: TokenSettings,
+    clock: Clock,
+    user_id: UserId,
+    session_id: str,
+    wallet_address: str | None,
+    seconds: int = ACCESS_SECONDS,
 ) -> str:
-    """Return an access token of ours for a session, good for ACCESS_SECONDS."""
+    """Return an access token of ours for a session, good for this long or until the session ends."""
     now = clock.now()
     claims: dict[str, Any] = {
         "sub": user_id,
@@ -106,7 +111,7 @@ def mint_access_token(
         "sid": session_id,
         "type": "access",
         "iat": int(now.timestamp()),
-        "exp": int((now + timedelta(seconds=ACCESS_SECONDS)).timestamp()),
+        "exp": int((now + timedelta(seconds=seconds)).timestamp()),
     }
     if wallet_address is not None:
         claims["walletAddress"] = wallet_address
