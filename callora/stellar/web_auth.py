@@ -1,8 +1,8 @@
 """Proofs that someone holds a wallet: SEP-10 challenge transactions and SEP-53 signed messages.
 
 Both prove that the account's master key signed, and no more. The account itself is not looked up, so signers that were
-added to it cannot log in, and a master key whose weight was taken away still can: docs/decisions/0013. Everything is
-computed at once, in about two milliseconds, without I/O.
+added to it cannot log in, and a master key whose weight was taken away still can: docs/decisions, "Logging in with a
+wallet". Everything is computed at once, in a few milliseconds at most, without I/O.
 """
 
 import base64

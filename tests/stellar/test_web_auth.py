@@ -2,6 +2,8 @@
 
 import base64
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -319,6 +321,13 @@ def test_the_key_of_nobody_signs_nothing() -> None:
         assert is_address(address)
         for raw in (bytes(64), bytes([1]) + bytes(63)):
             assert not signed_message(address, "log in", base64.b64encode(raw).decode())
+
+
+def test_a_service_has_the_sdk_before_it_serves() -> None:
+    """Importing it takes half a second, which no request may wait for."""
+    said = "import sys, callora.service; print('stellar_sdk.sep.stellar_web_authentication' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "True"
 
 
 # --- how keys are written ---------------------------------------------------------------------------------------------
