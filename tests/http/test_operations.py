@@ -12,6 +12,7 @@ import trio
 from quart import Response
 from quart.testing.utils import sentinel
 from quart_trio import QuartTrio
+from trio.testing import MockClock
 from werkzeug.datastructures import Headers
 
 from callora.config import load_settings
@@ -232,7 +233,7 @@ async def test_every_access_of_an_operator_is_audited_whatever_came_of_it() -> N
 
 
 async def test_pace_is_per_user_and_per_address_and_refusals_take_nothing(
-    autojump_clock: trio.testing.MockClock,
+    autojump_clock: MockClock,
 ) -> None:
     made = house((PaceRule("rest", ("/api/things",), 2, 60.0),))
     for _ in range(2):

@@ -10,6 +10,8 @@ from callora.http.problems import PROBLEMS
 from callora.http.rest.forms import Form
 from callora.http.rest.operations import URLENCODED, Access, Operation, Text
 
+ALIAS_OF: Final = "x-alias-of"
+"""Names the path that an operation is a second name of."""
 _REFERENCE: Final = "#/components/schemas/{model}"
 _PROBLEM_SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
@@ -143,11 +145,10 @@ def _operation(operation: Operation, schema_of: Any, properties_of: Any) -> dict
         "parameters": [*_parameters(operation, properties_of)],
         "responses": {**_answers(operation, schema_of), **_problems(operation)},
     }
-    description = operation.description
+    if operation.description:
+        made["description"] = operation.description
     if operation.alias_of is not None:
-        description = f"The same as `{operation.alias_of}`. {description}".strip()
-    if description:
-        made["description"] = description
+        made[ALIAS_OF] = operation.alias_of
     if operation.body_form is not None:
         made["requestBody"] = {
             "required": True,

@@ -3,9 +3,12 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, Final
+
+from callora.http.rest.document import ALIAS_OF
+from callora.http.rest.forms import INT64_MAX
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --line: #8883; --soft: #8881; --strong: #0a7d5c; }
@@ -47,10 +50,14 @@ def render(document: Mapping[str, Any]) -> bytes:
     """Return the page that shows an OpenAPI document of ours."""
     info = document["info"]
     by_tag: dict[str, list[tuple[str, str, Mapping[str, Any]]]] = {tag["name"]: [] for tag in document["tags"]}
+    aliases: dict[tuple[str, str], list[str]] = {}
     for path, item in document["paths"].items():
         for method in _METHODS:
-            if method in item:
-                by_tag[item[method]["tags"][0]].append((method, path, item[method]))
+            operation = item.get(method)
+            if operation is not None and ALIAS_OF in operation:
+                aliases.setdefault((method, operation[ALIAS_OF]), []).append(path)
+            elif operation is not None:
+                by_tag[operation["tags"][0]].append((method, path, operation))
     schemas = document["components"]["schemas"]
     body = "".join(
         (
@@ -60,7 +67,7 @@ def render(document: Mapping[str, Any]) -> bytes:
             f"<p>{escape(info['summary'])}. {escape(info['description'])}</p>",
             '<p>For programs: <a href="/api/openapi.json">openapi.json</a>. Calls themselves go to ',
             "<code>/v1/call/{api}/…</code> with an API key.</p>",
-            *(_section(tag, operations, schemas) for tag, operations in by_tag.items()),
+            *(_section(tag, operations, aliases, schemas) for tag, operations in by_tag.items()),
             "</main>",
         )
     )
@@ -79,16 +86,26 @@ def _index(tag: str, operations: list[tuple[str, str, Mapping[str, Any]]]) -> st
     return f"<h2>{escape(tag)}</h2>{links}"
 
 
-def _section(tag: str, operations: list[tuple[str, str, Mapping[str, Any]]], schemas: Mapping[str, Any]) -> str:
-    articles = "".join(_article(method, path, operation, schemas) for method, path, operation in operations)
+def _section(
+    tag: str,
+    operations: list[tuple[str, str, Mapping[str, Any]]],
+    aliases: Mapping[tuple[str, str], list[str]],
+    schemas: Mapping[str, Any],
+) -> str:
+    articles = "".join(
+        _article(method, (path, *aliases.get((method, path), ())), operation, schemas)
+        for method, path, operation in operations
+    )
     return f"<section><h2>{escape(tag)}</h2>{articles}</section>"
 
 
-def _article(method: str, path: str, operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
+def _article(method: str, paths: Sequence[str], operation: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
     return "".join(
         (
             f'<article id="{escape(operation["operationId"])}"><h3>{escape(operation["summary"])}</h3>',
-            f'<p class="route"><span class="method">{method.upper()}</span><code>{escape(path)}</code></p>',
+            f'<p class="route"><span class="method">{method.upper()}</span>',
+            " or ".join(f"<code>{escape(path)}</code>" for path in paths),
+            "</p>",
             f"<p>{escape(operation['description'])}</p>" if "description" in operation else "",
             f"<p>Needs {_needs(operation)}.</p>",
             *_parameters(operation),
@@ -100,9 +117,10 @@ def _article(method: str, path: str, operation: Mapping[str, Any], schemas: Mapp
 
 
 def _needs(operation: Mapping[str, Any]) -> str:
-    names = [name for scheme in operation["security"] for name in scheme]
-    words = {"session": "an access token in <code>Authorization: Bearer</code>", "adminKey": "the admin key"}
-    return " or ".join(words[name] for name in names) or "no credentials"
+    names = {name for scheme in operation["security"] for name in scheme}
+    if "adminKey" in names:
+        return "the admin key in <code>X-Admin-Api-Key</code>, or an operator's access token"
+    return "an access token in <code>Authorization: Bearer</code>" if names else "no credentials"
 
 
 def _parameters(operation: Mapping[str, Any]) -> Iterator[str]:
@@ -183,7 +201,7 @@ def _kind(schema: Mapping[str, Any]) -> str:
             ("minLength", "at least"),
             ("maxLength", "at most"),
         )
-        if key in schema
+        if key in schema and schema[key] != INT64_MAX
     ]
     kind = escape(schema.get("format") or schema.get("type", "any"))
     return f"{kind} <small>{escape(', '.join(bounds))}</small>" if bounds else kind
