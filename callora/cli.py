@@ -229,11 +229,15 @@ def dev(data_dir: Path, port: int | None, as_json: bool) -> None:
     data_dir.mkdir(parents=True, exist_ok=True)
     credentials = dev_credentials(data_dir)
     allowed = os.environ.get("UPSTREAM_HOST_ALLOWLIST", "")
-    environ = {
+    secrets = {
         "ADMIN_API_KEY": credentials.admin_api_key,
         "JWT_SECRET": credentials.jwt_secret,
         "METRICS_API_KEY": credentials.metrics_api_key,
+        "AUTH_SIGNING_SEED": credentials.auth_signing_seed,
+    }
+    environ = {
         **os.environ,
+        **{name: value for name, value in secrets.items() if not os.environ.get(name)},
         "UPSTREAM_HOST_ALLOWLIST": f"{allowed},{LOOPBACK}" if allowed else LOOPBACK,
     }
     if port is not None:
@@ -260,7 +264,7 @@ def dev(data_dir: Path, port: int | None, as_json: bool) -> None:
 
 
 async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: _Stop, *, as_json: bool) -> int:
-    from callora.demo import Demo, dev_credentials, ensure_demo
+    from callora.demo import Demo, demo_token, dev_credentials, ensure_demo
     from callora.demo_upstream import serve_demo_upstream
 
     credentials = dev_credentials(data_dir)
@@ -275,7 +279,8 @@ async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: _Stop, *
             demo = await ensure_demo(context, ledger, credentials, upstream_url)
 
         async def show(serving: Serving) -> None:
-            await trio.lowlevel.checkpoint()
+            consumer_token = await demo_token(context, serving.ledger, demo.consumer_id)
+            developer_token = await demo_token(context, serving.ledger, demo.developer_user_id)
             facts = {
                 "url": serving.url,
                 "pid": os.getpid(),
@@ -287,21 +292,24 @@ async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: _Stop, *
                     "user_id": demo.consumer_id,
                     "api_key": credentials.consumer_api_key,
                     "vault_id": demo.vault_id,
+                    "token": consumer_token,
                 },
                 "developer": {
                     "user_id": demo.developer_user_id,
                     "api_id": demo.api_id,
                     "api_slug": "weather-api",
+                    "token": developer_token,
                 },
             }
-            click.echo(json.dumps(facts) if as_json else _welcome(serving.url, credentials.consumer_api_key))
+            welcome = _welcome(serving.url, credentials.consumer_api_key, consumer_token)
+            click.echo(json.dumps(facts) if as_json else welcome)
 
         code = await serve(context, dsn, stop.as_drain(), prepare=prepare, on_ready=show)
         nursery.cancel_scope.cancel()
     return code
 
 
-def _welcome(url: str, key: str) -> str:
+def _welcome(url: str, key: str, token: str) -> str:
     return f"""
 Callora is ready at {url}
 
@@ -312,6 +320,9 @@ A dearer one, a body, and one whose retry costs nothing:
   curl -i -H 'X-Api-Key: {key}' '{url}/v1/call/weather-api/forecast?days=3'
   curl -i -H 'X-Api-Key: {key}' -d '{{"unit":"celsius"}}' '{url}/v1/call/weather-api/reports/berlin'
   curl -i -H 'X-Api-Key: {key}' -H 'Idempotency-Key: first-order' -X POST '{url}/v1/call/weather-api/reports/oslo'
+
+The same caller on the dashboard's REST ({url}/api/docs), for a day:
+  curl -H 'Authorization: Bearer {token}' '{url}/api/auth/sessions'
 
 Health and metrics:
   curl {url}/api/health

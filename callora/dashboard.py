@@ -1,5 +1,6 @@
 """The dashboard's REST: everything behind its routes is built here and given to them, a noun at a time."""
 
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Final
@@ -13,6 +14,7 @@ from callora.actors.catalogue import Catalogue
 from callora.actors.expiry import repeat
 from callora.actors.intents import Intents
 from callora.actors.registry import VaultRegistry
+from callora.actors.sessions import Sessions
 from callora.config import Settings
 from callora.http.gateway.addresses import Resolver
 from callora.http.gateway.admission import Admission
@@ -22,6 +24,7 @@ from callora.http.rest.frame import Exchange
 from callora.http.rest.health import Health, health_routes
 from callora.http.rest.identity import Authenticator, Identity, People, TokenSettings
 from callora.http.rest.limits import PaceRule, RestLimiter
+from callora.http.rest.login import login_routes, web_auth_routes
 from callora.http.rest.operations import Audit, Doors, Operation, Routes
 from callora.http.rest.operators import operator_routes
 from callora.http.rest.pages import document_routes
@@ -30,6 +33,7 @@ from callora.ledger.faults import StoreUnavailable
 from callora.ledger.ids import Ids, UserId
 from callora.logs import mask
 from callora.metrics import Metrics
+from callora.stellar.web_auth import WebAuth
 from callora.store import accounts, operators
 from callora.store.bridge import Database
 from callora.store.reads import people
@@ -45,9 +49,13 @@ _LIMITED: Final = (
     "/api/keys",
     "/api-keys",
     "/api/admin",
+    "/api/auth",
+    "/api/refresh-token",
 )
-_LOGIN: Final = ("/api/auth", "/auth")
 NOTED_CHARS_MAX: Final = 1000
+_CHALLENGES: Final = ("/auth", "/api/auth/challenge")
+_LOGINS: Final = ("/auth", "/api/auth/wallet")
+_PURGE_SECONDS: Final = 600.0
 AUDIT_SECONDS_MAX: Final = 5.0
 """An operator is answered when his access is noted; this is how long that may take."""
 
@@ -62,6 +70,8 @@ class Desk:
     catalogue: Catalogue
     admission: Admission
     resolver: Resolver
+    port: int
+    """Where this process listens."""
     clock: Clock
     ids: Ids
     metrics: Metrics
@@ -81,19 +91,27 @@ def make_dashboard(desk: Desk, deps: RestDeps) -> Dashboard:
     """Return the REST surface of a service; nothing is started."""
     settings = desk.settings
     sweep_seconds = settings.idempotency_sweep_interval_seconds
+    login_pace = (settings.login_rate_limit_max_requests, settings.login_rate_limit_window_seconds)
     limiter = RestLimiter(
         (
-            PaceRule("login", _LOGIN, settings.login_rate_limit_max_requests, settings.login_rate_limit_window_seconds),
+            # Two counts, so that a wallet that asks and answers has as many logins as the setting says. Refreshing and
+            # looking at sessions is ordinary use.
+            PaceRule("challenge", _CHALLENGES, *login_pace, frozenset(("GET",))),
+            PaceRule("login", _LOGINS, *login_pace, frozenset(("POST",))),
             PaceRule("rest", _LIMITED, settings.rest_rate_limit_max_requests, settings.rest_rate_limit_window_seconds),
         )
     )
     intents = Intents(desk.database, desk.clock, desk.ids, retention_seconds=settings.idempotency_retention_seconds)
     billing = Billing(desk.database, desk.registry, desk.clock, desk.ids)
     doors = Doors(_authenticator(desk), limiter.admit, _audit(desk), intents)
+    sessions = make_sessions(desk)
+    tokens = token_settings(settings)
     nouns: list[Routes] = [
         health_routes(Health(deps), deps),
         billing_routes(billing, desk.database),
         operator_routes(desk.database, desk.registry, desk.catalogue, desk.admission, desk.clock),
+        web_auth_routes(sessions, tokens, desk.clock, f"{_origin(desk)}/auth"),
+        login_routes(sessions, tokens, desk.clock, people.SessionReads(desk.database)),
     ]
     operations: list[Operation] = []
     nouns.append(document_routes(lambda: operations, settings.app_version))
@@ -105,8 +123,37 @@ def make_dashboard(desk: Desk, deps: RestDeps) -> Dashboard:
             ("rest limiter", limiter.run),
             ("billing", billing.run),
             ("rest intents", partial(repeat, "rest intents", intents.drop_expired, sweep_seconds, desk.log)),
+            ("sessions", partial(repeat, "sessions", sessions.purge, _PURGE_SECONDS, desk.log)),
         ),
     )
+
+
+def make_sessions(desk: Desk) -> Sessions:
+    """Return the logins of a service."""
+    settings = desk.settings
+    seed = settings.auth_signing_seed
+    domain = _domain(desk)
+    return Sessions(
+        database=desk.database,
+        clock=desk.clock,
+        ids=desk.ids,
+        random_bytes=os.urandom,
+        domain=domain,
+        web_auth=WebAuth.make(seed.get_secret_value(), domain, settings.stellar_network) if seed is not None else None,
+        log=desk.log,
+    )
+
+
+def _domain(desk: Desk) -> str:
+    """Return the domain that wallets show. It is never what a request calls its Host: anyone may call it anything."""
+    return desk.settings.auth_home_domain or f"localhost:{desk.port}"
+
+
+def _origin(desk: Desk) -> str:
+    """Return the origin under which wallets reach us: HTTPS, but for this machine."""
+    domain = _domain(desk)
+    local = domain.partition(":")[0] in ("localhost", "127.0.0.1") and not desk.settings.tls_enabled
+    return f"{'http' if local else 'https'}://{domain}"
 
 
 def _authenticator(desk: Desk) -> Authenticator:

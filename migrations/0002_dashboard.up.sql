@@ -18,7 +18,7 @@ CREATE TABLE sessions (
     revoked_at     timestamptz,
     revoked_for    text CHECK (revoked_for IN ('logout', 'revoked_all', 'reuse'))
 );
-CREATE INDEX sessions_user ON sessions (user_id, created_at);
+CREATE INDEX sessions_user ON sessions (user_id, session_id);
 CREATE INDEX sessions_expiry ON sessions (expires_at);
 
 CREATE TABLE refresh_tokens (
@@ -29,6 +29,7 @@ CREATE TABLE refresh_tokens (
     used_at    timestamptz
 );
 CREATE INDEX refresh_tokens_session ON refresh_tokens (session_id);
+CREATE INDEX refresh_tokens_expiry ON refresh_tokens (expires_at);
 
 -- What was given to a wallet to sign. It is used once; kept until it could not be used any more.
 CREATE TABLE login_challenges (

@@ -325,6 +325,35 @@ _TABLE: Final = (
         "Its owner logged out, or one of its refresh tokens was used twice.",
         "Log in again.",
     ),
+    # Logging in
+    Problem(
+        "INVALID_CHALLENGE",
+        401,
+        "The challenge is not valid",
+        "It is not one of ours for this wallet and network, has expired, or was used before: each gives one login.",
+        "Ask for a new challenge and sign that.",
+    ),
+    Problem(
+        "INVALID_SIGNATURE",
+        401,
+        "The signature is not valid",
+        "The wallet's master key did not sign exactly this message by SEP-53.",
+        "Sign the message as it was given, with the key of walletAddress.",
+    ),
+    Problem(
+        "INVALID_REFRESH_TOKEN",
+        401,
+        "The refresh token is not valid",
+        "It is none of ours, or so old that it is forgotten.",
+        "Log in again.",
+    ),
+    Problem(
+        "EXPIRED_TOKEN",
+        401,
+        "The refresh token has expired",
+        "Refresh tokens last 7 days.",
+        "Log in again.",
+    ),
     # REST
     Problem(
         "VALIDATION_ERROR",

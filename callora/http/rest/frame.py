@@ -25,6 +25,8 @@ EXCHANGE: Final = "callora.exchange"
 """The key of the `Exchange` in a request's ASGI scope."""
 
 UNKNOWN_ROUTE: Final = "_unknown"
+_ANY_ORIGIN: Final = frozenset(("/.well-known/stellar.toml", "/auth"))
+"""Paths that every site's wallet must be able to use, errors included: SEP-1 and SEP-10. They take no credentials."""
 
 _LAST_SEND_SECONDS_MAX: Final = 2
 _REFUSAL_SECONDS_MAX: Final = 5
@@ -67,6 +69,8 @@ class Exchange:
     """The Origin header."""
     body_bytes_max: int
     """The largest request body taken."""
+    any_origin: bool = False
+    """Whether browsers of every origin may read the answer."""
     route: str = UNKNOWN_ROUTE
     """The template of the route that matched."""
     status: int = 0
@@ -167,13 +171,15 @@ class Frame:
             client=client,
             origin=_header(scope, b"origin"),
             body_bytes_max=self._larger_bodies.get(scope["path"], self._body_limit),
+            any_origin=scope["path"] in _ANY_ORIGIN,
         )
         scope[EXCHANGE] = exchange
         return exchange
 
     async def _run(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         if exchange.method == "OPTIONS" and _header(scope, b"access-control-request-method") is not None:
-            await self._answer(receive, send, 204, _PREFLIGHT_HEADERS if self._allowed(exchange) else (), b"")
+            allowed = exchange.any_origin or self._allowed(exchange)
+            await self._answer(receive, send, 204, _PREFLIGHT_HEADERS if allowed else (), b"")
             return
         length = _header(scope, b"content-length")
         if length is not None and length.isdigit() and int(length) > exchange.body_bytes_max:
@@ -222,6 +228,9 @@ class Frame:
         kept = [(bytes(name), bytes(value)) for name, value in headers]
         names = {name.lower() for name, _ in kept}
         made = [(b"x-request-id", exchange.request_id.encode("ascii")), *self._headers]
+        if exchange.any_origin:
+            made += ((b"access-control-allow-origin", b"*"), _EXPOSED_HEADERS)
+            return [*kept, *((name, value) for name, value in made if name not in names)]
         if self._origins:
             made.append((b"vary", b"Origin"))
         if self._allowed(exchange):

@@ -113,11 +113,14 @@ class Operation:
     given, so it must hold no secret; and what it does must repeat safely, since a process may die before it is kept."""
     body_bytes_max: int | None
     """Where the operation takes a larger body than REQUEST_BODY_LIMIT."""
+    urlencoded: bool
+    """Whether the body may be an HTML form's as well; only for bodies that are texts."""
     alias_of: str | None
     """The canonical path of a second name."""
     handler: Handler
 
 
+URLENCODED: Final = "application/x-www-form-urlencoded"
 _PARAMETER: Final = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -142,6 +145,7 @@ class Routes:
         etag: bool = False,
         idempotency_key: str = "none",
         body_bytes_max: int | None = None,
+        urlencoded: bool = False,
         aliases: Sequence[str] = (),
     ) -> Callable[[Handler], Handler]:
         """Declare an operation; its handler's name is its id, the first line of its docstring its summary."""
@@ -172,6 +176,7 @@ class Routes:
                         etag=etag,
                         idempotency_key=idempotency_key,
                         body_bytes_max=body_bytes_max,
+                        urlencoded=urlencoded,
                         alias_of=path if number else None,
                         handler=handler,
                     )
@@ -181,8 +186,8 @@ class Routes:
         return declare
 
 
-Admit = Callable[[str, str], None]
-"""Takes a request of a path by someone (`user:…` or `ip:…`) from his rate limit, or raises TOO_MANY_REQUESTS."""
+Admit = Callable[[str, str, str], None]
+"""Takes a method and path's request by someone (`user:…`, `ip:…`) from his rate limit, or raises TOO_MANY_REQUESTS."""
 Audit = Callable[[Identity | None, Operation, Exchange, int, Mapping[str, str]], Awaitable[None]]
 """Writes a line of the audit: who, what, from where, with which status, and the path's parameters."""
 
@@ -220,9 +225,10 @@ def _view(operation: Operation, doors: Doors) -> Callable[..., Awaitable[Respons
             try:
                 identity = await doors.authenticator.user(request.headers)
             except ProblemRaised:
-                doors.admit(operation.path, f"ip:{exchange.client}")
+                doors.admit(operation.method, operation.path, f"ip:{exchange.client}")
                 raise
-        doors.admit(operation.path, f"user:{identity.user_id}" if identity is not None else f"ip:{exchange.client}")
+        caller = f"user:{identity.user_id}" if identity is not None else f"ip:{exchange.client}"
+        doors.admit(operation.method, operation.path, caller)
         return await _carry_out(operation, doors, await _read(operation, identity, exchange, parameters))
 
     return view
@@ -233,7 +239,7 @@ async def _audited(operation: Operation, doors: Doors, exchange: Exchange, param
     identity: Identity | None = None
     status = 500
     try:
-        doors.admit(operation.path, f"ip:{exchange.client}")
+        doors.admit(operation.method, operation.path, f"ip:{exchange.client}")
         identity = await doors.authenticator.admin(request.headers, exchange.client)
         response = await _carry_out(operation, doors, await _read(operation, identity, exchange, parameters))
         status = response.status_code
@@ -260,9 +266,12 @@ async def _read(
     body: Form | None = None
     wrong_body: list[dict[str, str]] = []
     if operation.body_form is not None:
-        if request.mimetype != CONTENT_TYPE:
+        if operation.urlencoded and request.mimetype == URLENCODED:
+            body, wrong_body = read_texts(operation.body_form, "body", await request.form)
+        elif request.mimetype == CONTENT_TYPE:
+            body, wrong_body = read_body(operation.body_form, cast(bytes, await request.get_data(as_text=False)))
+        else:
             raise ProblemRaised("UNSUPPORTED_MEDIA_TYPE", "Send the body as application/json")
-        body, wrong_body = read_body(operation.body_form, cast(bytes, await request.get_data(as_text=False)))
     wrong = [*wrong_path, *wrong_query, *wrong_body]
     if wrong:
         raise ProblemRaised("VALIDATION_ERROR", details=wrong)
