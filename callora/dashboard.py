@@ -9,6 +9,7 @@ from structlog.typing import FilteringBoundLogger
 
 from callora.actors.catalogue import Catalogue
 from callora.actors.registry import VaultRegistry
+from callora.actors.rollup import Rollup
 from callora.config import Settings
 from callora.http.gateway.addresses import Resolver
 from callora.http.gateway.admission import Admission
@@ -82,10 +83,13 @@ def make_dashboard(desk: Desk, deps: RestDeps) -> Dashboard:
     operations: list[Operation] = []
     nouns.append(document_routes(lambda: operations, settings.app_version))
     operations += (operation for noun in nouns for operation in noun.operations)
+    rollup = Rollup(
+        desk.database, desk.clock, desk.metrics, desk.log, interval_seconds=settings.usage_rollup_interval_seconds
+    )
     return Dashboard(
         operations=tuple(operations),
         doors=doors,
-        tasks=(("rest limiter", limiter.run),),
+        tasks=(("rest limiter", limiter.run), ("rollup", rollup.run)),
     )
 
 
