@@ -13,6 +13,7 @@ from callora.actors.rollup import Rollup
 from callora.config import Settings
 from callora.http.gateway.addresses import Resolver
 from callora.http.gateway.admission import Admission
+from callora.http.rest.analytics import admin_usage_routes, analytics_routes
 from callora.http.rest.deps import RestDeps
 from callora.http.rest.frame import Exchange
 from callora.http.rest.health import Health, health_routes
@@ -20,6 +21,7 @@ from callora.http.rest.identity import Authenticator, Identity, People, TokenSet
 from callora.http.rest.limits import PaceRule, RestLimiter
 from callora.http.rest.operations import Audit, Doors, Operation, Routes
 from callora.http.rest.pages import document_routes
+from callora.http.rest.usage import usage_routes
 from callora.ledger.clock import Clock
 from callora.ledger.faults import StoreUnavailable
 from callora.ledger.ids import Ids, UserId
@@ -80,6 +82,11 @@ def make_dashboard(desk: Desk, deps: RestDeps) -> Dashboard:
     )
     doors = Doors(_authenticator(desk), limiter.admit, _audit(desk))
     nouns: list[Routes] = [health_routes(Health(deps), deps)]
+    nouns += (
+        usage_routes(desk.database, desk.clock),
+        analytics_routes(desk.database, desk.clock),
+        admin_usage_routes(desk.database, desk.clock),
+    )
     operations: list[Operation] = []
     nouns.append(document_routes(lambda: operations, settings.app_version))
     operations += (operation for noun in nouns for operation in noun.operations)
