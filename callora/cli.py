@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,9 @@ from callora.store.bridge import StatementRejected
 DATA_DIR: Final = Path(".callora")
 LOOPBACK: Final = "127.0.0.1/32"
 _DSN_FILE: Final = "database_url"
+ROLLUP_SECONDS_MAX: Final = 600
+ROLLUP_SPAN: Final = timedelta(days=1)
+"""How much one database transaction counts, and how long it may take."""
 _UNDEFINED_TABLE: Final = "42P01"
 _GC_THRESHOLDS: Final = (50_000, 20, 100)
 """Young objects are collected seldom and old ones hardly ever: calls make no cycles, and a full pass stops them all."""
@@ -467,6 +470,42 @@ def list_keys_command(data_dir: Path, vault_id: object, limit: int) -> None:
                 f"{used:%Y-%m-%d %H:%M}" if used else "never",
             )
         Console(width=200 if not sys.stdout.isatty() else None).print(table)
+        return 0
+
+    _run(run)
+
+
+@main.command()
+@_data_dir
+@click.option("--rebuild", is_flag=True, help="Forget every sum and count anew; sums grow back meanwhile.")
+def rollup(data_dir: Path, rebuild: bool) -> None:
+    """Add usage up to now, which running services do by themselves; tell how far the sums are."""
+    settings = _settings(os.environ)
+
+    async def run() -> int:
+        from callora.store import rollup as sums
+        from callora.store.bridge import open_database
+
+        def tell(made: sums.Pass) -> None:
+            if made.behind:
+                click.echo(f"counted until {made.as_of:%Y-%m-%d %H:%M}", err=True)
+
+        clock = SystemClock()
+        async with (
+            _database_url(settings, data_dir, shared=True) as dsn,
+            open_database(dsn, command_seconds=ROLLUP_SECONDS_MAX) as database,
+        ):
+            if rebuild:
+                calls = await sums.rebuild(database, clock, tell, ROLLUP_SPAN)
+                click.echo(f"counted {calls} calls anew")
+                return 0
+            calls, behind = 0, True
+            while behind:
+                made = await sums.advance(database, clock.now(), span=ROLLUP_SPAN, wait=True)
+                assert made is not None, "it waits for its turn"
+                tell(made)
+                calls, behind = calls + made.calls, made.behind
+            click.echo(f"counted {calls} calls more")
         return 0
 
     _run(run)

@@ -508,6 +508,13 @@ class Settings(BaseSettings):
     idempotency_max_body_bytes: _Size = _size(
         "IDEMPOTENCY_MAX_BODY", "256kb", "0b", "16mb", "The largest answer that is stored to be replayed."
     )
+    usage_rollup_interval_seconds: _Milliseconds = _milliseconds(
+        "USAGE_ROLLUP_INTERVAL_MS",
+        2000,
+        10,
+        3_600_000,
+        "How often usage is added up; sums lag by about as much.",
+    )
     actor_mailbox_max: _Whole = _whole_number(
         "ACTOR_MAILBOX_MAX", 1024, 1, 1_000_000, "Commands that may wait for one vault; past it they are refused."
     )

@@ -14,10 +14,12 @@ from callora.actors.catalogue import Catalogue
 from callora.actors.expiry import repeat
 from callora.actors.intents import Intents
 from callora.actors.registry import VaultRegistry
+from callora.actors.rollup import Rollup
 from callora.actors.sessions import Sessions
 from callora.config import Settings
 from callora.http.gateway.addresses import Resolver
 from callora.http.gateway.admission import Admission
+from callora.http.rest.analytics import admin_usage_routes, analytics_routes
 from callora.http.rest.billing import billing_routes
 from callora.http.rest.deps import RestDeps
 from callora.http.rest.frame import Exchange
@@ -28,6 +30,7 @@ from callora.http.rest.login import login_routes, web_auth_routes
 from callora.http.rest.operations import Audit, Doors, Operation, Routes
 from callora.http.rest.operators import operator_routes
 from callora.http.rest.pages import document_routes
+from callora.http.rest.usage import usage_routes
 from callora.ledger.clock import Clock
 from callora.ledger.faults import StoreUnavailable
 from callora.ledger.ids import Ids, UserId
@@ -112,15 +115,22 @@ def make_dashboard(desk: Desk, deps: RestDeps) -> Dashboard:
         operator_routes(desk.database, desk.registry, desk.catalogue, desk.admission, desk.clock),
         web_auth_routes(sessions, tokens, desk.clock, f"{_origin(desk)}/auth"),
         login_routes(sessions, tokens, desk.clock, people.SessionReads(desk.database)),
+        usage_routes(desk.database, desk.clock),
+        analytics_routes(desk.database, desk.clock),
+        admin_usage_routes(desk.database, desk.clock),
     ]
     operations: list[Operation] = []
     nouns.append(document_routes(lambda: operations, settings.app_version))
     operations += (operation for noun in nouns for operation in noun.operations)
+    rollup = Rollup(
+        desk.database, desk.clock, desk.metrics, desk.log, interval_seconds=settings.usage_rollup_interval_seconds
+    )
     return Dashboard(
         operations=tuple(operations),
         doors=doors,
         tasks=(
             ("rest limiter", limiter.run),
+            ("rollup", rollup.run),
             ("billing", billing.run),
             ("rest intents", partial(repeat, "rest intents", intents.drop_expired, sweep_seconds, desk.log)),
             ("sessions", partial(repeat, "sessions", sessions.purge, _PURGE_SECONDS, desk.log)),

@@ -383,6 +383,13 @@ _TABLE: Final = (
         "Another request changed the same thing, or a name is taken; the message says which.",
         "Read what is, then decide anew.",
     ),
+    Problem(
+        "DEVELOPER_NOT_FOUND",
+        403,
+        "You have no developer profile",
+        "Earnings and analytics belong to a developer profile, and this user has none.",
+        "Open your profile first: GET /api/developers/me.",
+    ),
     Problem("API_KEY_NOT_FOUND", 404, "No such API key", "No key of yours has this id.", "List your keys."),
     Problem(
         "VAULT_NOT_FOUND",
