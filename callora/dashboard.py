@@ -8,11 +8,16 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from callora.actors.catalogue import Catalogue
+from callora.actors.publisher import Publisher
 from callora.actors.registry import VaultRegistry
 from callora.config import Settings
 from callora.http.gateway.addresses import Resolver
 from callora.http.gateway.admission import Admission
+from callora.http.rest.api_admin import api_admin_routes
+from callora.http.rest.api_import import import_routes
+from callora.http.rest.apis import Shop, endpoint_routes, marketplace_routes, own_api_routes
 from callora.http.rest.deps import RestDeps
+from callora.http.rest.developers import developer_routes
 from callora.http.rest.frame import Exchange
 from callora.http.rest.health import Health, health_routes
 from callora.http.rest.identity import Authenticator, Identity, People, TokenSettings
@@ -38,6 +43,8 @@ _LIMITED: Final = (
     "/api-keys",
     "/api/admin",
 )
+_MARKETPLACE: Final = ("/api/apis",)
+"""Searching is open to everyone: it has a limit of its own, which browsing does not share with paying."""
 _LOGIN: Final = ("/api/auth", "/auth")
 AUDIT_SECONDS_MAX: Final = 5.0
 """An operator is answered when his access is noted; this is how long that may take."""
@@ -74,18 +81,34 @@ def make_dashboard(desk: Desk, deps: RestDeps) -> Dashboard:
     limiter = RestLimiter(
         (
             PaceRule("login", _LOGIN, settings.login_rate_limit_max_requests, settings.login_rate_limit_window_seconds),
+            PaceRule(
+                "marketplace",
+                _MARKETPLACE,
+                settings.rest_rate_limit_max_requests,
+                settings.rest_rate_limit_window_seconds,
+            ),
             PaceRule("rest", _LIMITED, settings.rest_rate_limit_max_requests, settings.rest_rate_limit_window_seconds),
         )
     )
     doors = Doors(_authenticator(desk), limiter.admit, _audit(desk))
     nouns: list[Routes] = [health_routes(Health(deps), deps)]
+    publisher = Publisher(desk.database, desk.catalogue, desk.clock, desk.ids, desk.log)
+    shop = Shop(publisher, desk.database, desk.resolver, desk.clock)
+    nouns += (
+        developer_routes(publisher, desk.database),
+        marketplace_routes(shop),
+        own_api_routes(shop),
+        endpoint_routes(shop),
+        import_routes(shop),
+        api_admin_routes(shop),
+    )
     operations: list[Operation] = []
     nouns.append(document_routes(lambda: operations, settings.app_version))
     operations += (operation for noun in nouns for operation in noun.operations)
     return Dashboard(
         operations=tuple(operations),
         doors=doors,
-        tasks=(("rest limiter", limiter.run),),
+        tasks=(("rest limiter", limiter.run), ("popularity", publisher.run)),
     )
 
 
