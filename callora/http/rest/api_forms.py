@@ -108,7 +108,10 @@ HeaderChanges = Annotated[dict[str, str | None], _Fields, AfterValidator(_header
 
 def _tags(tags: list[str]) -> list[str]:
     """Return each tag once, in whatever case."""
-    return list({tag.lower(): tag for tag in reversed(tags)}.values())[::-1]
+    first: dict[str, str] = {}
+    for tag in tags:
+        first.setdefault(tag.lower(), tag)
+    return list(first.values())
 
 
 Tags = Annotated[list[Tag], Field(max_length=TAGS_MAX), AfterValidator(_tags)]
