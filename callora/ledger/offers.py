@@ -219,9 +219,10 @@ PRICE_VERSIONS_MAX: Final = 1000
 def new_versions(
     present: Sequence[Price], last_version: int, offered: Sequence[DatedPrice], now: datetime
 ) -> tuple[Price, ...]:
-    """Return the versions that give an endpoint these prices; what it would cost anyway needs none.
+    """Return the versions that give an endpoint these prices; one that says again what holds at its date needs none.
 
-    A version that was dated ahead stands until another is given for its date or a later one.
+    A price that is dated ahead is a promise: it holds from its date whatever changes before, until another is given for
+    its date or a later one.
 
     Args:
         present: versions in effect or ahead, in any order.
@@ -233,7 +234,7 @@ def new_versions(
         at = now if each.effective_from is None else max(each.effective_from, now)
         earlier = [price for price in known if price.effective_from <= at]
         there = max(earlier, key=lambda price: (price.effective_from, price.version), default=None)
-        if there is None or there.amount != each.amount:
+        if there is None or there.amount != each.amount or at > max(there.effective_from, now):
             last_version += 1
             known.append(Price(last_version, each.amount, at))
     return tuple(known[len(present) :])
