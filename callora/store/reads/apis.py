@@ -38,16 +38,32 @@ LEFT JOIN LATERAL (
     WHERE e.api_id = a.api_id AND e.retired_at IS NULL) AS o ON true
 """  # noqa: S608 - constants only
 
+# First which, by narrow rows, then what is shown of them.
 _LIST: Final = """
-SELECT {key} AS sort_key, {columns}
-WHERE a.status = 'active' AND a.deleted_at IS NULL
-  AND ($2::text IS NULL OR a.name ILIKE $2 OR a.description ILIKE $2 OR d.name ILIKE $2
-       OR EXISTS (SELECT FROM unnest(a.tags) AS tag WHERE tag ILIKE $2))
-  AND ($3::text[] IS NULL OR lower(a.category) = ANY ($3))
-  AND ($4::bigint IS NULL OR o.price_from >= $4)
-  AND ($5::bigint IS NULL OR o.price_from <= $5)
-  AND ({key}, a.api_id) < ($6::{type}, $7::bigint)
-ORDER BY {key} DESC, a.api_id DESC LIMIT $8
+WITH picked AS MATERIALIZED (
+    SELECT a.api_id, {key} AS sort_key
+    FROM apis a JOIN developers d ON d.developer_id = a.developer_id
+    LEFT JOIN api_popularity p ON p.api_id = a.api_id {prices}
+    WHERE a.status = 'active' AND a.deleted_at IS NULL
+      AND ($2::text IS NULL OR a.name ILIKE $2 OR a.description ILIKE $2 OR d.name ILIKE $2
+           OR EXISTS (SELECT FROM unnest(a.tags) AS tag WHERE tag ILIKE $2))
+      AND ($3::text[] IS NULL OR lower(a.category) = ANY ($3))
+      AND ($4::bigint IS NULL OR {price} >= $4)
+      AND ($5::bigint IS NULL OR {price} <= $5)
+      AND ({key}, a.api_id) < ($6::{type}, $7::bigint)
+    ORDER BY {key} DESC, a.api_id DESC LIMIT $8)
+SELECT picked.sort_key, {columns} JOIN picked ON picked.api_id = a.api_id
+ORDER BY picked.sort_key DESC, picked.api_id DESC
+"""
+
+# Of all APIs in one go, where it decides which are picked.
+_PRICES: Final = """
+LEFT JOIN (
+    SELECT e.api_id, min(c.amount) AS price_from
+    FROM api_endpoints e JOIN (
+        SELECT DISTINCT ON (q.endpoint_id) q.endpoint_id, q.amount FROM endpoint_prices q WHERE q.effective_from <= $1
+        ORDER BY q.endpoint_id, q.effective_from DESC, q.version DESC) AS c ON c.endpoint_id = e.endpoint_id
+    WHERE e.retired_at IS NULL GROUP BY e.api_id) AS cheapest ON cheapest.api_id = a.api_id
 """
 
 # How well an API fits: what fits equally well is sorted by its calls. $2 is `%text%`.
@@ -62,14 +78,28 @@ _RELEVANCE: Final = """
 
 _KEYS: Final[Mapping[Sort, str]] = {
     "relevance": _RELEVANCE,
-    "price_asc": f"-coalesce(o.price_from, {_INT64_MAX})",
-    "price_desc": "coalesce(o.price_from, -1)",
+    "price_asc": f"-coalesce(cheapest.price_from, {_INT64_MAX})",
+    "price_desc": "coalesce(cheapest.price_from, -1)",
     "popularity": "coalesce(p.calls, 0)",
+    "newest": "a.created_at",  # by the column itself, so that the index does the sorting
 }
-_LISTS: Final[Mapping[Sort, str]] = {
-    **{sort: _LIST.format(key=key, columns=_COLUMNS, type="bigint") for sort, key in _KEYS.items()},
-    # By the column itself, so that the index does the sorting.
-    "newest": _LIST.format(key="a.created_at", columns=_COLUMNS, type="timestamptz"),
+
+
+def _list_sql(sort: Sort, by_price: bool) -> str:
+    return _LIST.format(
+        key=_KEYS[sort],
+        type="timestamptz" if sort == "newest" else "bigint",
+        columns=_COLUMNS,
+        prices=_PRICES if by_price else "",
+        price="cheapest.price_from" if by_price else "NULL::bigint",
+    )
+
+
+_LISTS: Final = {
+    (sort, by_price): _list_sql(sort, by_price)
+    for sort in _KEYS
+    for by_price in (False, True)
+    if by_price or "cheapest" not in _KEYS[sort]
 }
 
 _ONE: Final = f"""
@@ -195,8 +225,9 @@ async def list_public(
         position = _FIRST[0] if after is None else moment_of(key)
     categories = None if filters.categories is None else [each.lower() for each in filters.categories]
     search = None if filters.search is None else contains(filters.search)
+    by_price = filters.price_min is not None or filters.price_max is not None or sort in ("price_asc", "price_desc")
     return await database.fetch(
-        _LISTS[sort], now, search, categories, filters.price_min, filters.price_max, position, number, limit
+        _LISTS[sort, by_price], now, search, categories, filters.price_min, filters.price_max, position, number, limit
     )
 
 
