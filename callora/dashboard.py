@@ -9,6 +9,21 @@ import attrs
 import trio
 from structlog.typing import FilteringBoundLogger
 
+from callora.actors.publisher import Publisher
+from callora.http.rest.api_admin import api_admin_routes
+from callora.http.rest.api_import import import_routes
+from callora.http.rest.apis import Shop, endpoint_routes, marketplace_routes, own_api_routes
+from callora.http.rest.developers import developer_routes
+from callora.actors.keyring import Keyring
+from callora.actors.vaults import VaultOpening
+from callora.http.rest.admin_keys import admin_keys_routes
+from callora.http.rest.key_desk import KeyDesk
+from callora.http.rest.keys import keys_routes
+from callora.http.rest.tokens import tokens_routes
+from callora.http.rest.vaults import vaults_routes
+from callora.ledger.tokens import Signing
+from callora.store.reads.keys import KeyReads
+from callora.store.reads.vaults import VaultReads
 from callora.actors.billing import Billing
 from callora.actors.catalogue import Catalogue
 from callora.actors.expiry import repeat
@@ -51,11 +66,15 @@ _LIMITED: Final = (
     "/api/vault",
     "/api/keys",
     "/api-keys",
+    "/api/apis/{apiId}/keys",
     "/api/admin",
     "/api/auth",
     "/api/refresh-token",
 )
 NOTED_CHARS_MAX: Final = 1000
+_MARKETPLACE: Final = ("/api/apis",)
+"""Searching is open to everyone: it has a limit of its own, which browsing does not share with paying."""
+TOKENS_SWEEP_SECONDS: Final = 3600.0
 _CHALLENGES: Final = ("/auth", "/api/auth/challenge")
 _LOGINS: Final = ("/auth", "/api/auth/wallet")
 _PURGE_SECONDS: Final = 600.0
@@ -93,48 +112,126 @@ class Dashboard:
 def make_dashboard(desk: Desk, deps: RestDeps) -> Dashboard:
     """Return the REST surface of a service; nothing is started."""
     settings = desk.settings
-    sweep_seconds = settings.idempotency_sweep_interval_seconds
+    limiter = _limiter(settings)
+    intents = Intents(desk.database, desk.clock, desk.ids, retention_seconds=settings.idempotency_retention_seconds)
+    forget = partial(
+        repeat, "rest intents", intents.drop_expired, settings.idempotency_sweep_interval_seconds, desk.log
+    )
+    parts = (
+        _Part((health_routes(Health(deps), deps),), (("rest limiter", limiter.run), ("rest intents", forget))),
+        _login(desk),
+        _market(desk),
+        _keys(desk),
+        _usage(desk),
+        _billing(desk),
+    )
+    operations: list[Operation] = []
+    document = document_routes(lambda: operations, settings.app_version)
+    for routes in (*(routes for part in parts for routes in part.routes), document):
+        operations += routes.operations
+    return Dashboard(
+        operations=tuple(operations),
+        doors=Doors(_authenticator(desk), limiter.admit, _audit(desk), intents),
+        tasks=tuple(task for part in parts for task in part.tasks),
+    )
+
+
+def _limiter(settings: Settings) -> RestLimiter:
+    pace = (settings.rest_rate_limit_max_requests, settings.rest_rate_limit_window_seconds)
     login_pace = (settings.login_rate_limit_max_requests, settings.login_rate_limit_window_seconds)
-    limiter = RestLimiter(
+    return RestLimiter(
         (
             # Two counts, so that a wallet that asks and answers has as many logins as the setting says. Refreshing and
             # looking at sessions is ordinary use.
             PaceRule("challenge", _CHALLENGES, *login_pace, frozenset(("GET",))),
             PaceRule("login", _LOGINS, *login_pace, frozenset(("POST",))),
-            PaceRule("rest", _LIMITED, settings.rest_rate_limit_max_requests, settings.rest_rate_limit_window_seconds),
+            PaceRule("rest", _LIMITED, *pace),
+            PaceRule("marketplace", _MARKETPLACE, *pace),
         )
     )
-    intents = Intents(desk.database, desk.clock, desk.ids, retention_seconds=settings.idempotency_retention_seconds)
-    billing = Billing(desk.database, desk.registry, desk.clock, desk.ids)
-    doors = Doors(_authenticator(desk), limiter.admit, _audit(desk), intents)
+
+
+@attrs.frozen
+class _Part:
+    """Nouns that are built together."""
+
+    routes: tuple[Routes, ...]
+    tasks: tuple[tuple[str, Task], ...] = ()
+
+
+def _login(desk: Desk) -> _Part:
+    """Sessions, and the ways to get one."""
     sessions = make_sessions(desk)
-    tokens = token_settings(settings)
-    nouns: list[Routes] = [
-        health_routes(Health(deps), deps),
-        billing_routes(billing, desk.database),
-        operator_routes(desk.database, desk.registry, desk.catalogue, desk.admission, desk.clock),
-        web_auth_routes(sessions, tokens, desk.clock, f"{_origin(desk)}/auth"),
-        login_routes(sessions, tokens, desk.clock, people.SessionReads(desk.database)),
-        usage_routes(desk.database, desk.clock),
-        analytics_routes(desk.database, desk.clock),
-        admin_usage_routes(desk.database, desk.clock),
-    ]
-    operations: list[Operation] = []
-    nouns.append(document_routes(lambda: operations, settings.app_version))
-    operations += (operation for noun in nouns for operation in noun.operations)
-    rollup = Rollup(
-        desk.database, desk.clock, desk.metrics, desk.log, interval_seconds=settings.usage_rollup_interval_seconds
-    )
-    return Dashboard(
-        operations=tuple(operations),
-        doors=doors,
-        tasks=(
-            ("rest limiter", limiter.run),
-            ("rollup", rollup.run),
-            ("billing", billing.run),
-            ("rest intents", partial(repeat, "rest intents", intents.drop_expired, sweep_seconds, desk.log)),
-            ("sessions", partial(repeat, "sessions", sessions.purge, _PURGE_SECONDS, desk.log)),
+    tokens = token_settings(desk.settings)
+    return _Part(
+        (
+            web_auth_routes(sessions, tokens, desk.clock, f"{_origin(desk)}/auth"),
+            login_routes(sessions, tokens, desk.clock, people.SessionReads(desk.database)),
         ),
+        (("sessions", partial(repeat, "sessions", sessions.purge, _PURGE_SECONDS, desk.log)),),
+    )
+
+
+def _market(desk: Desk) -> _Part:
+    """Developers and what they offer."""
+    publisher = Publisher(desk.database, desk.catalogue, desk.clock, desk.ids, desk.log)
+    shop = Shop(publisher, desk.database, desk.resolver, desk.clock)
+    return _Part(
+        (
+            developer_routes(publisher, desk.database),
+            marketplace_routes(shop),
+            own_api_routes(shop),
+            endpoint_routes(shop),
+            import_routes(shop),
+            api_admin_routes(shop),
+        )
+    )
+
+
+def _keys(desk: Desk) -> _Part:
+    """Keys, their access tokens, and the vaults that they are paid from."""
+    opening = VaultOpening(desk.database, desk.clock, desk.ids)
+    keyring = Keyring(desk.database, desk.catalogue, desk.clock, desk.ids, os.urandom, signing(desk.settings), desk.log)
+    vault_reads = VaultReads(desk.database)
+    key_desk = KeyDesk(KeyReads(desk.database), keyring, desk.clock)
+    routes = (
+        keys_routes(key_desk, opening, vault_reads),
+        tokens_routes(key_desk),
+        vaults_routes(opening, vault_reads),
+        admin_keys_routes(key_desk),
+    )
+    sweep = partial(repeat, "expired tokens", keyring.forget_expired_tokens, TOKENS_SWEEP_SECONDS, desk.log)
+    return _Part(routes, (("expired tokens", sweep),))
+
+
+def _usage(desk: Desk) -> _Part:
+    """What was called, and the sums of it."""
+    rollup = Rollup(
+        desk.database,
+        desk.clock,
+        desk.metrics,
+        desk.log,
+        interval_seconds=desk.settings.usage_rollup_interval_seconds,
+    )
+    return _Part(
+        (
+            usage_routes(desk.database, desk.clock),
+            analytics_routes(desk.database, desk.clock),
+            admin_usage_routes(desk.database, desk.clock),
+        ),
+        (("rollup", rollup.run),),
+    )
+
+
+def _billing(desk: Desk) -> _Part:
+    """Charges without a call, and what operators do."""
+    billing = Billing(desk.database, desk.registry, desk.clock, desk.ids)
+    return _Part(
+        (
+            billing_routes(billing, desk.database),
+            operator_routes(desk.database, desk.registry, desk.catalogue, desk.admission, desk.clock),
+        ),
+        (("billing", billing.run),),
     )
 
 
@@ -222,3 +319,10 @@ def token_settings(settings: Settings) -> TokenSettings | None:
     if settings.jwt_secret is None:
         return None
     return TokenSettings(settings.jwt_secret, settings.jwt_issuer, settings.jwt_audience)
+
+
+def signing(settings: Settings) -> Signing | None:
+    """Return what access tokens for calls are signed with; None where JWT_SECRET is not set."""
+    if settings.jwt_secret is None:
+        return None
+    return Signing(settings.jwt_secret.get_secret_value(), settings.jwt_issuer, settings.jwt_audience)

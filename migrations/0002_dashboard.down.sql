@@ -9,6 +9,8 @@ ALTER TABLE ledger_entries
 DROP INDEX api_keys_user;
 ALTER TABLE api_keys
     DROP COLUMN description, DROP COLUMN previous_prefix, DROP COLUMN previous_hash, DROP COLUMN previous_expires_at;
+DROP TABLE api_popularity;
+DROP INDEX endpoint_prices_in_effect;
 ALTER TABLE api_endpoints DROP COLUMN description, DROP COLUMN retired_at;
 DROP INDEX apis_developer, apis_listing;
 ALTER TABLE apis

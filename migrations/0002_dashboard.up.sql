@@ -62,6 +62,19 @@ ALTER TABLE api_endpoints
     ADD COLUMN description text CHECK (length(description) BETWEEN 1 AND 1000),
     ADD COLUMN retired_at timestamptz;
 
+-- The price of a date is read from here alone, of one endpoint or of all.
+CREATE INDEX endpoint_prices_in_effect ON endpoint_prices (endpoint_id, effective_from DESC, version DESC)
+    INCLUDE (amount);
+
+-- What the marketplace shows and sorts by: the last 30 days of an API, counted anew every few minutes, so that a public
+-- list never sums the usage itself.
+CREATE TABLE api_popularity (
+    api_id       bigint PRIMARY KEY REFERENCES apis,
+    calls        bigint NOT NULL CHECK (calls > 0),
+    failed_calls bigint NOT NULL CHECK (failed_calls BETWEEN 0 AND calls),
+    latency_us   bigint NOT NULL CHECK (latency_us >= 0)
+);
+
 -- A regenerated key's former secret may live on for a grace period.
 ALTER TABLE api_keys
     ADD COLUMN description text CHECK (length(description) <= 500),
