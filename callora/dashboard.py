@@ -9,52 +9,52 @@ import attrs
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from callora.actors.publisher import Publisher
-from callora.http.rest.api_admin import api_admin_routes
-from callora.http.rest.api_import import import_routes
-from callora.http.rest.apis import Shop, endpoint_routes, marketplace_routes, own_api_routes
-from callora.http.rest.developers import developer_routes
-from callora.actors.keyring import Keyring
-from callora.actors.vaults import VaultOpening
-from callora.http.rest.admin_keys import admin_keys_routes
-from callora.http.rest.key_desk import KeyDesk
-from callora.http.rest.keys import keys_routes
-from callora.http.rest.tokens import tokens_routes
-from callora.http.rest.vaults import vaults_routes
-from callora.ledger.tokens import Signing
-from callora.store.reads.keys import KeyReads
-from callora.store.reads.vaults import VaultReads
 from callora.actors.billing import Billing
 from callora.actors.catalogue import Catalogue
 from callora.actors.expiry import repeat
 from callora.actors.intents import Intents
+from callora.actors.keyring import Keyring
+from callora.actors.publisher import Publisher
 from callora.actors.registry import VaultRegistry
 from callora.actors.rollup import Rollup
 from callora.actors.sessions import Sessions
+from callora.actors.vaults import VaultOpening
 from callora.config import Settings
 from callora.http.gateway.addresses import Resolver
 from callora.http.gateway.admission import Admission
+from callora.http.rest.admin_keys import admin_keys_routes
 from callora.http.rest.analytics import admin_usage_routes, analytics_routes
+from callora.http.rest.api_admin import api_admin_routes
+from callora.http.rest.api_import import import_routes
+from callora.http.rest.apis import Shop, endpoint_routes, marketplace_routes, own_api_routes
 from callora.http.rest.billing import billing_routes
 from callora.http.rest.deps import RestDeps
+from callora.http.rest.developers import developer_routes
 from callora.http.rest.frame import Exchange
 from callora.http.rest.health import Health, health_routes
 from callora.http.rest.identity import Authenticator, Identity, People, TokenSettings
+from callora.http.rest.key_desk import KeyDesk
+from callora.http.rest.keys import keys_routes
 from callora.http.rest.limits import PaceRule, RestLimiter
 from callora.http.rest.login import login_routes, web_auth_routes
 from callora.http.rest.operations import Audit, Doors, Operation, Routes
 from callora.http.rest.operators import operator_routes
 from callora.http.rest.pages import document_routes
+from callora.http.rest.tokens import tokens_routes
 from callora.http.rest.usage import usage_routes
+from callora.http.rest.vaults import vaults_routes
 from callora.ledger.clock import Clock
 from callora.ledger.faults import StoreUnavailable
 from callora.ledger.ids import Ids, UserId
+from callora.ledger.tokens import Signing
 from callora.logs import mask
 from callora.metrics import Metrics
 from callora.stellar.web_auth import WebAuth
 from callora.store import accounts, operators
 from callora.store.bridge import Database
 from callora.store.reads import people
+from callora.store.reads.keys import KeyReads
+from callora.store.reads.vaults import VaultReads
 
 Task = Callable[[], Awaitable[None]]
 

@@ -24,6 +24,7 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from callora.actors.breaker import BreakerSettings
+from callora.actors.budgets import Budgets
 from callora.actors.catalogue import Catalogue
 from callora.actors.compensation import Compensator
 from callora.actors.expiry import ExpirySweep, repeat
@@ -33,12 +34,13 @@ from callora.actors.supervisor import Supervisor
 from callora.actors.vault import no_policies
 from callora.actors.writer import Writer
 from callora.config import Settings
-from callora.dashboard import Desk, make_dashboard
+from callora.dashboard import Desk, make_dashboard, signing
 from callora.http.gateway.addresses import AddressPolicy, Resolver
 from callora.http.gateway.admission import Admission
 from callora.http.gateway.calls import CallFlow, CallSettings
 from callora.http.gateway.client import TimeLimits
 from callora.http.gateway.listener import Listener, open_listener
+from callora.http.gateway.tokens import AccessTokens
 from callora.http.gateway.upstream import Upstreams
 from callora.http.rest.app import create_app, largest_body_bytes, serve_rest
 from callora.http.rest.deps import RestDeps
@@ -289,6 +291,7 @@ async def _start_parts(
     resolver = Resolver(policy, jobs, deadline_seconds=settings.proxy_connect_timeout_seconds)
     upstreams = Upstreams(resolver, ssl.create_default_context(), settings.upstream_pool_max)
     compensator = Compensator(ledger.registry, logs.logger("compensation"))
+    budgets = Budgets(ledger.database, logs.logger("budgets"))
     admission = Admission(
         catalogue=catalogue,
         limiter=limiter,
@@ -301,6 +304,7 @@ async def _start_parts(
         trusted_proxies=settings.trusted_proxy_count,
         clock=context.clock,
         metrics=metrics,
+        tokens=AccessTokens(signing(settings), catalogue, context.clock),
     )
     flow = flow_class(
         admission=admission,
@@ -308,6 +312,7 @@ async def _start_parts(
         upstreams=upstreams,
         reads=reads,
         compensator=compensator,
+        budgets=budgets,
         settings=_call_settings(settings),
         clock=context.clock,
         ids=context.ids,
@@ -360,6 +365,7 @@ async def _start_parts(
         ("limiter", limiter.run),
         ("upstreams", upstreams.run),
         ("compensation", compensator.run),
+        ("budgets", budgets.run),
         ("expiry", expiry.run),
         *housekeeping.tasks(),
         *rest.dashboard.tasks,

@@ -6,6 +6,7 @@ ALTER TABLE ledger_entries
     DROP CONSTRAINT ledger_entries_grant_check,
     DROP CONSTRAINT ledger_entries_kind_check,
     ADD CONSTRAINT ledger_entries_kind_check CHECK (kind IN ('deposit', 'withdrawal', 'refund', 'adjustment'));
+DROP INDEX ledger_entries_statement;
 DROP INDEX api_keys_user;
 ALTER TABLE api_keys
     DROP COLUMN description, DROP COLUMN previous_prefix, DROP COLUMN previous_hash, DROP COLUMN previous_expires_at;

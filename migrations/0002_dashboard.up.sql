@@ -87,7 +87,7 @@ CREATE INDEX api_keys_previous_prefix ON api_keys (previous_prefix) WHERE previo
 CREATE INDEX api_keys_user ON api_keys (user_id, api_key_id);
 
 -- A short-lived token under a key. `spent` is taken before a call and given back when the call was not charged: what a
--- crash loses is budget, never money.
+-- crash loses is budget, never money. A revoked token is told as a change of its key, which drops both from memory.
 CREATE TABLE access_tokens (
     token_id     uuid PRIMARY KEY,
     api_key_id   uuid NOT NULL REFERENCES api_keys,
@@ -96,15 +96,20 @@ CREATE TABLE access_tokens (
     budget       bigint CHECK (budget > 0),
     spent        bigint NOT NULL DEFAULT 0 CHECK (spent >= 0 AND spent <= coalesce(budget, spent)),
     created_at   timestamptz NOT NULL,
-    expires_at   timestamptz NOT NULL
-);
-CREATE INDEX access_tokens_key ON access_tokens (api_key_id);
+    expires_at   timestamptz NOT NULL,
+    revoked_at   timestamptz
+) WITH (fillfactor = 70);
+CREATE INDEX access_tokens_key ON access_tokens (api_key_id, token_id);
 CREATE INDEX access_tokens_expiry ON access_tokens (expires_at);
+CREATE TRIGGER tokens_revoked AFTER UPDATE OF revoked_at ON access_tokens
+    FOR EACH ROW EXECUTE FUNCTION note_catalogue_change('key', 'api_key_id');
 
 ALTER TABLE ledger_entries
     DROP CONSTRAINT ledger_entries_kind_check,
     ADD CONSTRAINT ledger_entries_kind_check CHECK (kind IN ('deposit', 'withdrawal', 'refund', 'grant', 'adjustment')),
     ADD CONSTRAINT ledger_entries_grant_check CHECK (kind <> 'grant' OR amount > 0);
+-- The statement of a vault reads its entries by date, and its usage by the date inside the event's id.
+CREATE INDEX ledger_entries_statement ON ledger_entries (vault_id, created_at, seq);
 
 -- A charge asked for over REST, bound to the usage event that carries it out before that event exists. What became of
 -- it is the event's to tell; bound to another event only when the one before ended uncharged.

@@ -19,6 +19,7 @@ from callora.ledger.faults import CalloraFault, StoreUnavailable
 from callora.ledger.ids import ApiKeyId, VaultId
 from callora.ledger.keys import PREFIX_CHARS, KeyRecord, hash_key
 from callora.ledger.pricing import ApiRecord
+from callora.ledger.tokens import SignedToken, TokenRecord
 from callora.metrics import Metrics
 from callora.store.reads.gateway import Reads
 
@@ -28,6 +29,7 @@ UNKNOWN_SECONDS: Final = 0.5
 """How long "no such key" and "no such API" are remembered; new keys and APIs announce themselves by being asked for."""
 KEYS_MAX: Final = 200_000
 APIS_MAX: Final = 20_000
+TOKENS_MAX: Final = 50_000
 UNKNOWN_MAX: Final = 20_000
 USE_FLUSH_SECONDS: Final = 60.0
 
@@ -102,7 +104,7 @@ class _Cache(Generic[V]):
 
 
 class Catalogue:
-    """Keys by their hash, APIs by slug and by number."""
+    """Keys by their hash, access tokens by their id, APIs by slug and by number."""
 
     def __init__(
         self,
@@ -119,6 +121,7 @@ class Catalogue:
         self._note_use = note_use
         self._keys: _Cache[KeyRecord] = _Cache(KEYS_MAX)
         self._apis: _Cache[ApiRecord] = _Cache(APIS_MAX)
+        self._tokens: _Cache[TokenRecord] = _Cache(TOKENS_MAX)
         self._version = -1
         self._looked_at = float("-inf")
         self._used: set[ApiKeyId] = set()
@@ -156,6 +159,21 @@ class Catalogue:
             self._used.add(record.api_key_id)
         return record
 
+    async def token(self, signed: SignedToken) -> TokenRecord | None:
+        """Return the record of a signed access token, or None where there is no such token.
+
+        It is dropped with every change of its key, so it is never wider than its key is now.
+
+        Raises:
+            StoreUnavailable: it is not known, and cannot be read now.
+        """
+        record = self._tokens.found.get(signed.token_id) if self._fresh else None
+        if record is None:
+            record = await self._tokens.load(signed.token_id, lambda: self._reads.token(signed))
+        if record is not None:
+            self._used.add(record.key.api_key_id)
+        return record
+
     async def api(self, slug_or_id: str) -> ApiRecord | None:
         """Return an API by its slug or its number, or None where there is no such API.
 
@@ -181,6 +199,7 @@ class Catalogue:
                 # The first look, or one after changes that are no longer told: what is kept may be older than them.
                 self._keys.clear()
                 self._apis.clear()
+                self._tokens.clear()
                 self._version = version
             for change in changes:
                 self._drop(change.kind, change.ref)
@@ -227,13 +246,17 @@ class Catalogue:
         match kind:
             case "key":
                 key_id = ApiKeyId(ref)
-                self._keys.drop([digest for digest, key in self._keys.found.items() if key.api_key_id == key_id])
+                self._drop_keys(lambda key: key.api_key_id == key_id)
             case "vault":
                 vault_id = VaultId(ref)
-                self._keys.drop([digest for digest, key in self._keys.found.items() if key.vault_id == vault_id])
+                self._drop_keys(lambda key: key.vault_id == vault_id)
             case "plan":
-                self._keys.drop(list(self._keys.found))
+                self._drop_keys(lambda _: True)
             case "api":
                 self._apis.drop([name for name, api in self._apis.found.items() if str(api.api_id) == ref])
             case _:
                 raise AssertionError(f"unknown kind of change: {kind}")
+
+    def _drop_keys(self, changed: Callable[[KeyRecord], bool]) -> None:
+        self._keys.drop([digest for digest, key in self._keys.found.items() if changed(key)])
+        self._tokens.drop([token_id for token_id, token in self._tokens.found.items() if changed(token.key)])

@@ -246,6 +246,14 @@ _TABLE: Final = (
         "Wait for the window to end, or raise the limit.",
     ),
     Problem(
+        "TOKEN_BUDGET_EXHAUSTED",
+        402,
+        "The access token's budget does not cover the price",
+        "What is left of the budget that the token was made with is below the price; details give required, remaining "
+        "and budget.",
+        "Make a new token with a budget; the vault's balance is another matter.",
+    ),
+    Problem(
         "HOLD_EXPIRED",
         409,
         "The hold has expired",
@@ -314,16 +322,16 @@ _TABLE: Final = (
         "TOKEN_EXPIRED",
         401,
         "The access token has expired",
-        "Access tokens last 15 minutes.",
-        "Refresh it with the refresh token.",
+        "Access tokens last 15 minutes; those for calls as long as they were made for, an hour at most.",
+        "Refresh it with the refresh token; make a new one for calls.",
     ),
     Problem("TOKEN_NOT_ACTIVE", 401, "The token is not active yet", "Its `nbf` lies ahead.", "Wait until then."),
     Problem(
         "REVOKED_TOKEN",
         401,
         "The session has ended",
-        "Its owner logged out, or one of its refresh tokens was used twice.",
-        "Log in again.",
+        "Its owner logged out, or one of its refresh tokens was used twice; a token for calls was revoked.",
+        "Log in again; make a new token for calls.",
     ),
     # Logging in
     Problem(
@@ -391,6 +399,9 @@ _TABLE: Final = (
         "Open your profile first: GET /api/developers/me.",
     ),
     Problem("API_KEY_NOT_FOUND", 404, "No such API key", "No key of yours has this id.", "List your keys."),
+    Problem(
+        "TOKEN_NOT_FOUND", 404, "No such access token", "The key has no access token of this id.", "List its tokens."
+    ),
     Problem(
         "VAULT_NOT_FOUND",
         404,

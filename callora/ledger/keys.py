@@ -14,12 +14,13 @@ from typing import Final
 
 import attrs
 
-from callora.ledger.ids import ApiId, ApiKeyId, EndpointId, UserId, VaultId
+from callora.ledger.ids import ApiId, ApiKeyId, EndpointId, TokenId, UserId, VaultId
 from callora.ledger.vault import Standing
 
 PREFIX_CHARS: Final = 16
 KEY_CHARS: Final = 56
 RANDOM_BYTES: Final = 20
+_FAMILY_CHARS: Final = 8
 _FORM: Final = re.compile(rb"ck_(?:live|test)_[0-9a-f]{48}")
 
 
@@ -33,6 +34,11 @@ def make_key(network: str, noise: bytes) -> str:
 def is_well_formed(key: bytes) -> bool:
     """Tell whether these bytes have a key's form and a fitting checksum; says nothing about whether it exists."""
     return _FORM.fullmatch(key) is not None and int(key[-8:], 16) == zlib.crc32(key[:-8])
+
+
+def mask_key(prefix: str, last4: str) -> str:
+    """Return how a key is shown after its making: `ck_live_…` and its last four characters."""
+    return f"{prefix[:_FAMILY_CHARS]}…{last4}"
 
 
 def hash_key(key: bytes) -> bytes:
@@ -60,3 +66,5 @@ class KeyRecord:
     revoked_at: datetime | None
     standing: Standing
     """The standing of the key's vault."""
+    budget: TokenId | None = None
+    """The access token that was presented for the key, where it has a budget that calls are taken from."""

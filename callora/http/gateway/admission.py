@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from datetime import datetime
 from ipaddress import ip_address
-from typing import Final
+from typing import Final, Protocol
 
 import attrs
 
@@ -23,6 +23,7 @@ from callora.ledger.clock import Clock
 from callora.ledger.ids import ApiId
 from callora.ledger.keys import KeyRecord, is_well_formed
 from callora.ledger.pricing import AmbiguousPath, ApiRecord, Endpoint, Price
+from callora.ledger.tokens import is_token_shaped
 from callora.metrics import Metrics
 
 CALL_PREFIX: Final = b"/v1/call/"
@@ -89,6 +90,19 @@ class Upstream:
     """On Trio's clock, when the target is checked again."""
 
 
+class TokenKeys(Protocol):
+    """Who knows access tokens."""
+
+    async def key(self, text: bytes) -> KeyRecord:
+        """Return the key of a token, narrowed to what the token may do.
+
+        Raises:
+            Refused: INVALID_TOKEN, TOKEN_EXPIRED or REVOKED_TOKEN.
+            StoreUnavailable: the token is not known here and cannot be read now.
+        """
+        ...
+
+
 class Admission:
     """Answers whether a call may go on."""
 
@@ -102,8 +116,10 @@ class Admission:
         trusted_proxies: int,
         clock: Clock,
         metrics: Metrics,
+        tokens: TokenKeys,
     ) -> None:
         self._catalogue = catalogue
+        self._tokens = tokens
         self._limiter = limiter
         self._resolver = resolver
         self._breaker_settings = breaker_settings
@@ -124,7 +140,8 @@ class Admission:
             now: on Trio's clock, here and below.
 
         Raises:
-            Refused: SERVICE_UNAVAILABLE, UNAUTHORIZED, API_KEY_DISABLED, API_KEY_EXPIRED or API_KEY_REVOKED.
+            Refused: SERVICE_UNAVAILABLE, UNAUTHORIZED, API_KEY_DISABLED, API_KEY_EXPIRED or API_KEY_REVOKED; for an
+                access token INVALID_TOKEN, TOKEN_EXPIRED or REVOKED_TOKEN as well.
             StoreUnavailable: the key is not known here and cannot be read now.
         """
         if self.draining:
@@ -134,9 +151,12 @@ class Admission:
         if asks_for_another_protocol(request):
             raise Refused("UPGRADE_NOT_SUPPORTED", close=True)
         text, in_authorization = _presented_key(request)
-        if not is_well_formed(text):
+        if is_well_formed(text):
+            key = self._catalogue.key_now(text, now) or await self._catalogue.key(text)
+        elif in_authorization and is_token_shaped(text):
+            key = await self._tokens.key(text)
+        else:
             raise Refused("UNAUTHORIZED", "The API key does not have the form of a key, or is mistyped")
-        key = self._catalogue.key_now(text, now) or await self._catalogue.key(text)
         if key is None:
             self._missed.value += 1
             raise Refused("UNAUTHORIZED", "The API key is not known")

@@ -7,6 +7,8 @@ the answer is released; every way out of here that has not captured releases, an
 import hashlib
 import math
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final, Literal
 
 import attrs
@@ -14,6 +16,7 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from callora.actors.breaker import Ticket
+from callora.actors.budgets import Budgets
 from callora.actors.compensation import Compensator, Undelivered
 from callora.actors.mailbox import Envelope
 from callora.actors.registry import VaultRegistry
@@ -38,7 +41,7 @@ from callora.ledger.commands import (
     release,
 )
 from callora.ledger.faults import OutcomeUnknown, StoreUnavailable
-from callora.ledger.ids import EventId, Ids
+from callora.ledger.ids import EventId, Ids, TokenId
 from callora.ledger.keys import KeyRecord
 from callora.ledger.money import ZERO, Stroops, format_usdc
 from callora.ledger.outcomes import (
@@ -53,6 +56,7 @@ from callora.ledger.outcomes import (
     StandingRefused,
     VaultMissing,
 )
+from callora.ledger.tokens import BudgetExhausted, BudgetGone
 from callora.metrics import Metrics, Tally
 from callora.store.reads.gateway import Claim, Reads
 
@@ -143,6 +147,7 @@ class CallFlow:
         upstreams: Upstreams,
         reads: Reads,
         compensator: Compensator,
+        budgets: Budgets,
         settings: CallSettings,
         clock: Clock,
         ids: Ids,
@@ -154,6 +159,7 @@ class CallFlow:
         self._upstreams = upstreams
         self._reads = reads
         self._compensator = compensator
+        self._budgets = budgets
         self._settings = settings
         self._clock = clock
         self._ids = ids
@@ -229,6 +235,9 @@ class CallFlow:
             ticket = call.ticket = admission.admit_upstream(offer.api.api_id, now)
             try:
                 upstream = await admission.upstream(offer.api, now)
+                if key.budget is not None and offer.price.amount:
+                    async with self._budgeted(call, key.budget, offer.price.amount):
+                        return await self.hold(call, caller, offer, upstream, whole_body, claim)
                 return await self.hold(call, caller, offer, upstream, whole_body, claim)
             finally:
                 ticket.end(None, now)
@@ -276,6 +285,28 @@ class CallFlow:
         return not close
 
     # The hold.
+
+    @asynccontextmanager
+    async def _budgeted(self, call: Call, token_id: TokenId, price: Stroops) -> AsyncIterator[None]:
+        """Take the price from an access token's budget for the block; what was not charged is given back.
+
+        A capture whose outcome is unknown keeps it: a budget may be lost, never exceeded.
+        """
+        match await self._budgets.take(token_id, price):
+            case BudgetExhausted(budget, left):
+                details = {
+                    "required": format_usdc(price),
+                    "remaining": format_usdc(left),
+                    "budget": format_usdc(budget),
+                }
+                raise Refused("TOKEN_BUDGET_EXHAUSTED", details=details)
+            case BudgetGone():
+                raise Refused("INVALID_TOKEN", "The access token is not known")
+        try:
+            yield
+        finally:
+            if call.state != "capturing" and call.charge < price:
+                self._budgets.give_back(token_id, Stroops(price - call.charge))
 
     async def hold(
         self,

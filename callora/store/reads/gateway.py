@@ -1,6 +1,7 @@
 """What the gateway reads: keys, APIs and prices, stored answers; and the sums that gauges show."""
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Final, Literal
@@ -11,14 +12,33 @@ from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, EndpointId, EventId
 from callora.ledger.keys import KeyRecord
 from callora.ledger.money import Stroops
 from callora.ledger.pricing import ApiRecord, Endpoint, EndpointTable, Price, parse_billable
+from callora.ledger.tokens import SignedToken, TokenRecord, narrow
 from callora.store.bridge import Database, Row
 
+_UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
+
+# A regenerated key's former secret is the same key, until its grace ends.
 _KEYS: Final = """
-SELECT k.api_key_id, k.user_id, k.vault_id, k.key_hash, k.scopes, k.allowed_apis, k.allowed_endpoints, k.allowed_cidrs,
-       coalesce(k.rate_limit_per_minute, p.rate_limit_per_minute) AS rate_limit_per_minute, k.disabled, k.expires_at,
+SELECT k.api_key_id, k.user_id, k.vault_id, s.key_hash, k.scopes, k.allowed_apis, k.allowed_endpoints, k.allowed_cidrs,
+       coalesce(k.rate_limit_per_minute, p.rate_limit_per_minute) AS rate_limit_per_minute, k.disabled, s.expires_at,
        k.revoked_at, v.standing::text AS standing
 FROM api_keys k JOIN vaults v ON v.vault_id = k.vault_id JOIN plans p ON p.plan_id = v.plan_id
-WHERE k.prefix = $1
+CROSS JOIN LATERAL (VALUES
+    (k.prefix, k.key_hash, k.expires_at),
+    (k.previous_prefix, k.previous_hash, least(k.expires_at, k.previous_expires_at))
+) AS s (prefix, key_hash, expires_at)
+WHERE (k.prefix = $1 OR k.previous_prefix = $1) AND s.prefix = $1
+"""
+
+_PRESENTED: Final = """
+SELECT t.scopes AS token_scopes, t.allowed_apis AS token_apis, t.budget IS NOT NULL AS budgeted,
+       t.expires_at AS token_expires_at, t.revoked_at AS token_revoked_at,
+       k.api_key_id, k.user_id, k.vault_id, k.key_hash, k.scopes, k.allowed_apis, k.allowed_endpoints, k.allowed_cidrs,
+       coalesce(k.rate_limit_per_minute, p.rate_limit_per_minute) AS rate_limit_per_minute, k.disabled, k.expires_at,
+       k.revoked_at, v.standing::text AS standing
+FROM access_tokens t JOIN api_keys k ON k.api_key_id = t.api_key_id
+JOIN vaults v ON v.vault_id = k.vault_id JOIN plans p ON p.plan_id = v.plan_id
+WHERE t.token_id = $1 AND t.api_key_id = $2
 """
 
 _API: Final = """
@@ -117,6 +137,27 @@ class Reads:
     async def keys_with_prefix(self, prefix: str) -> Sequence[KeyRecord]:
         """Return every key with this 16-character prefix; more than one is rare and possible."""
         return [_key(row) for row in await self._database.fetch(_KEYS, prefix)]
+
+    async def token(self, signed: SignedToken) -> TokenRecord | None:
+        """Return an access token with its key, narrowed to what the token may do."""
+        if _UUID.fullmatch(signed.token_id) is None or _UUID.fullmatch(signed.api_key_id) is None:
+            return None
+        row = await self._database.fetch_row(_PRESENTED, signed.token_id, signed.api_key_id)
+        if row is None:
+            return None
+        apis = row["token_apis"]
+        return TokenRecord(
+            token_id=signed.token_id,
+            key=narrow(
+                _key(row),
+                signed.token_id,
+                frozenset(row["token_scopes"]),
+                None if apis is None else frozenset(map(ApiId, apis)),
+                budgeted=row["budgeted"],
+            ),
+            expires_at=row["token_expires_at"],
+            revoked_at=row["token_revoked_at"],
+        )
 
     async def api(self, slug_or_id: str) -> ApiRecord | None:
         """Return the API with this slug, or with this number."""
