@@ -7,6 +7,8 @@ prints. Needs `httpx` and `stellar-sdk`; nothing of Callora's own is imported.
 """
 
 import sys
+import time
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -67,10 +69,7 @@ def main(url: str, upstream_url: str, admin_key: str) -> None:
             "document": DOCUMENT,
             "base_url": upstream_url,
             "category": "weather",
-            "prices": {
-                "default": "0.01",
-                "operations": [{"method": "POST", "path": "/reports/{city}", "price": "0.02"}],
-            },
+            "prices": {"default": "0.01", "by_operation": {"POST /reports/{city}": "0.02"}},
         },
     ).json()
     print(f"published {published['name']} as {published['slug']}")
@@ -95,8 +94,13 @@ def main(url: str, upstream_url: str, admin_key: str) -> None:
     balance = client.ask("GET", "/api/vault/balance", token=consumer).json()
     usage = client.ask("GET", "/api/usage", token=consumer).json()
     print(f"the consumer has {balance['balance_usdc']} left after {len(usage['events'])} calls")
-    revenue = client.ask("GET", "/api/developers/revenue", token=developer).json()["summary"]
-    print(f"the developer has earned {revenue['total_earned']}")
+    # Sums are some seconds behind the calls; `asOf` says how far they have come.
+    called = datetime.now(UTC).isoformat()
+    revenue = client.ask("GET", "/api/developers/revenue", token=developer).json()
+    while (revenue["asOf"] or "") < called:
+        time.sleep(1)
+        revenue = client.ask("GET", "/api/developers/revenue", token=developer).json()
+    print(f"the developer has earned {revenue['summary']['total_earned']}")
     print(f"{client.requests} requests")
 
 
