@@ -20,9 +20,9 @@ from callora.store.accounts import PricedEndpoint
 from callora.store.bridge import Database, open_database
 from callora.store.reads import billing as reads
 from callora.store.vaults import LINE_SETTINGS, VaultStore
-from tests.proof.test_cancelled import Knife
 from tests.simulation.ledgers import RealLedger, TestClock, real_ledger
 from tests.simulation.support import Running, running
+from tests.support.knife import Knife
 
 AMOUNT = Stroops(60)
 

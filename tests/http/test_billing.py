@@ -1,90 +1,25 @@
 """Charges over REST: each made once, to the caller's own vault, whatever else happens; refunds and grants."""
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import attrs
-import httpx  # noqa: ASYNC127 - what the tests' REST client is made of
 import pytest
-import trio
 
 from callora.ledger.commands import Grant, SetStanding
 from callora.ledger.faults import OutcomeUnknown
-from callora.ledger.ids import ApiId, VaultId
+from callora.ledger.ids import VaultId
 from callora.ledger.money import Stroops, parse_usdc
 from callora.ledger.rounds import RoundResult, Share
 from callora.store import accounts
-from tests.proof.books import answer_uniquely, assert_audit_clean
-from tests.support.rest import ADMIN_KEY, Person, Told, admin, anonymous, person, rest_client
-from tests.support.service import Consumer, RunningService, running_service
+from tests.proof.books import answer_uniquely
+from tests.support.rest import Person, Told, anonymous, person, rest_client
+from tests.support.service import running_service
+from tests.support.shop import UNLIMITED, endpoint_of, shop, together
 from tests.support.upstream import raw_upstream
 
-UNLIMITED = {"REST_RATE_LIMIT_MAX_REQUESTS": "1000000", "ADMIN_API_KEY": ADMIN_KEY}
 CENT = parse_usdc("0.01")
-
-
-@attrs.frozen
-class Shop:
-    """A service, an API with one endpoint, and who uses it."""
-
-    service: RunningService
-    client: httpx.AsyncClient
-    api_id: ApiId
-    endpoint_id: int
-
-    def body(self, request_id: str, amount: str = "0.01", **more: Any) -> dict[str, Any]:
-        """Return a deduct."""
-        named = {"requestId": request_id, "apiId": self.api_id, "endpointId": self.endpoint_id}
-        return {**named, "amountUsdc": amount, **more}
-
-    def person(self, consumer: Consumer) -> Person:
-        """Return a consumer as he asks over REST."""
-        return Person(self.client, {"X-User-Id": consumer.user_id}, consumer.user_id)
-
-    async def payer(self, balance: str) -> tuple[Consumer, Person]:
-        """Return a new consumer with a vault on testnet."""
-        consumer = await self.service.consumer(balance)
-        return consumer, self.person(consumer)
-
-    @property
-    def admin(self) -> Person:
-        return admin(self.client)
-
-
-async def endpoint_of(service: RunningService, api_id: ApiId) -> int:
-    number = await service.database.fetch_value("SELECT endpoint_id FROM api_endpoints WHERE api_id = $1", api_id)
-    assert isinstance(number, int)
-    return number
-
-
-@asynccontextmanager
-async def shop(database_url: str) -> AsyncIterator[Shop]:
-    """Run a service with a published API; at the end the ledger must be clean."""
-    async with running_service(database_url, UNLIMITED) as service, rest_client(service) as client:
-        api_id = await service.api("sold", "http://127.0.0.1:9")
-        yield Shop(service, client, api_id, await endpoint_of(service, api_id))
-        await assert_audit_clean(service.database)
-
-
-async def together(count: int, ask: Any) -> list[Told]:
-    """Ask `count` times at once, from a barrier."""
-    told: list[Told] = []
-    waiting, all_there = 0, trio.Event()
-
-    async def one(number: int) -> None:
-        nonlocal waiting
-        waiting += 1
-        if waiting == count:
-            all_there.set()
-        await all_there.wait()
-        told.append(await ask(number))
-
-    async with trio.open_nursery() as nursery:
-        for number in range(count):
-            nursery.start_soon(one, number)
-    return told
 
 
 async def test_a_deduct_charges_the_callers_vault_once_and_says_what_is_left(database_url: str) -> None:
@@ -248,17 +183,16 @@ async def test_fifty_identical_deducts_at_once_are_one_charge_and_all_succeed(da
         assert await at.service.events(consumer) == [("captured", "deducted", CENT, None)]
 
 
+async def _ask_either(people: Sequence[Person], body: object, number: int) -> Told:
+    return await people[number % len(people)].ask("POST", "/api/billing/deduct", body)
+
+
 async def test_fifty_identical_deducts_at_two_processes_are_one_charge(database_url: str) -> None:
     async with shop(database_url) as at, running_service(database_url, UNLIMITED) as other, rest_client(other) as there:
         consumer, someone = await at.payer("1")
-        elsewhere = Person(there, someone.headers)
-        for name in ("a", "b", "c"):
-            told = await together(
-                50,
-                lambda number, name=name: (someone, elsewhere)[number % 2].ask(
-                    "POST", "/api/billing/deduct", at.body(name)
-                ),
-            )
+        people = (someone, Person(there, someone.headers))
+        for body in (at.body("a"), at.body("b"), at.body("c")):
+            told = await together(50, partial(_ask_either, people, body))
             assert Counter(each.status for each in told) == {200: 50}
             assert len({each.body["usageEventId"] for each in told}) == 1
         assert await at.service.events(consumer) == [("captured", "deducted", CENT, None)] * 3

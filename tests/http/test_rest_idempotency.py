@@ -15,12 +15,12 @@ from callora.ledger.commands import Grant
 from callora.ledger.ids import Ids
 from callora.ledger.money import parse_usdc
 from callora.store.bridge import Database, open_database
-from tests.http.test_billing import UNLIMITED, Shop, shop, together
-from tests.proof.test_cancelled import Knife
 from tests.simulation.ledgers import TestClock
 from tests.support.client import RawClient, request_bytes
+from tests.support.knife import Knife
 from tests.support.rest import ADMIN_KEY, Person, Told, rest_client
 from tests.support.service import running_service
+from tests.support.shop import UNLIMITED, Shop, shop, together
 
 PATH = "/api/billing/deduct"
 DAY = 86_400.0

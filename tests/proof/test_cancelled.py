@@ -4,7 +4,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
-import attrs
 import pytest
 import trio
 
@@ -14,6 +13,7 @@ from callora.http.gateway.heads import RequestHead
 from callora.ledger.commands import SetStanding
 from tests.proof.books import API, PRICE, assert_audit_clean
 from tests.support.client import ClosedEarly, RawClient, request_bytes, watchdog
+from tests.support.knife import Knife
 from tests.support.service import Consumer, RunningService, running_service
 from tests.support.upstream import Exchange, chunk_bytes, raw_upstream
 
@@ -28,44 +28,6 @@ class Cancelling(CallFlow):
         with Cancelling.knife as scope, scope:
             return await super().serve(client, request)
         return False
-
-
-@attrs.define(eq=False)
-class Knife(trio.abc.Instrument):
-    """Counts where the tasks of one call wait, and cancels the call where it waits for the n-th time."""
-
-    cut_at: int
-    """1 is the first wait; larger than the call has waits, and nothing is cut."""
-    waits: int = 0
-    ended: trio.Event = attrs.field(factory=trio.Event)
-    _task: trio.lowlevel.Task | None = None
-    _scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
-
-    def __enter__(self) -> trio.CancelScope:
-        assert self._task is None, "one call a knife"
-        self._task = trio.lowlevel.current_task()
-        trio.lowlevel.add_instrument(self)
-        return self._scope
-
-    def __exit__(self, *_: object) -> None:
-        trio.lowlevel.remove_instrument(self)
-        self.ended.set()
-
-    @property
-    def cut(self) -> bool:
-        """Whether the call was cancelled and did not end before it noticed."""
-        return self._scope.cancelled_caught
-
-    def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        """Count a wait of the call's task or of one it started."""
-        each: trio.lowlevel.Task | None = task
-        while each is not None and each is not self._task:
-            each = each.parent_nursery.parent_task if each.parent_nursery is not None else None
-        if each is None:
-            return
-        self.waits += 1
-        if self.waits == self.cut_at:
-            self._scope.cancel()
 
 
 async def answer_in_pieces(exchange: Exchange) -> None:

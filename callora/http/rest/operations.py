@@ -290,6 +290,7 @@ async def _carry_out(operation: Operation, doors: Doors, ask: Ask[Any, Any, Any]
     same = fingerprint(request.method, request.full_path, ask.body)
     begun = await begin(doors.intents, ask.identity.actor, ask.idempotency_key, same)
     if isinstance(begun, KeptAnswer):
+        ask.exchange.audit_details["replayed"] = "true"
         return Response(begun.body, begun.status, {**begun.headers, **REPLAYED}, content_type=CONTENT_TYPE)
     kept: KeptAnswer | None = None
     try:

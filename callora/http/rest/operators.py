@@ -11,7 +11,7 @@ from callora.actors.catalogue import Catalogue
 from callora.actors.registry import VaultRegistry
 from callora.http.gateway.admission import Admission
 from callora.http.problems import ProblemRaised
-from callora.http.rest.billing import Network, Reason
+from callora.http.rest.billing_forms import Network, Reason
 from callora.http.rest.forms import (
     ApiNumber,
     Form,
