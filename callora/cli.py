@@ -236,7 +236,6 @@ def dev(data_dir: Path, port: int | None, as_json: bool) -> None:
         "ADMIN_API_KEY": credentials.admin_api_key,
         "JWT_SECRET": credentials.jwt_secret,
         "METRICS_API_KEY": credentials.metrics_api_key,
-        "AUTH_SIGNING_SEED": credentials.auth_signing_seed,
     }
     environ = {
         **os.environ,
@@ -245,9 +244,12 @@ def dev(data_dir: Path, port: int | None, as_json: bool) -> None:
     }
     if port is not None:
         environ["PORT"] = str(port)
-    settings = _settings(environ)
-    if settings.is_production:
+    if _settings(environ).is_production:
         _fail("callora dev is not for production: it makes a funded demo account. Use callora serve.", 2)
+    if not os.environ.get("AUTH_SIGNING_SEED"):
+        # Not before: in production it would need a domain, and that is not what is wrong with this command there.
+        environ["AUTH_SIGNING_SEED"] = credentials.auth_signing_seed
+    settings = _settings(environ)
     gc.set_threshold(*_GC_THRESHOLDS)
     clock = SystemClock()
 

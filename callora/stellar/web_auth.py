@@ -111,8 +111,6 @@ class WebAuth:
             return ProofRefused("Neither memos nor muxed accounts can log in")
         if len(inner.operations) != 2 or not (isinstance(second, ManageData) and second.data_name == "web_auth_domain"):
             return ProofRefused("The transaction is no challenge of ours")
-        if challenge.client_account_id == self.signing_key:
-            return ProofRefused("The server does not log in to itself")
         try:
             sep10.verify_challenge_transaction_signed_by_client_master_key(*terms)
         except SdkError as error:

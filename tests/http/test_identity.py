@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from ipaddress import ip_network
 from typing import Any
 
-import httpx
+import httpx  # noqa: ASYNC127 - its fork is no dependency of ours
 import jwt
 import pytest
 import trio
@@ -311,6 +311,8 @@ async def test_an_expired_session_takes_its_access_token_along(database_url: str
         mine = await Wallet().log_in(client)
         await service.database.execute("UPDATE sessions SET expires_at = now()")
         assert (await mine.person.ask("GET", MINE)).code == "REVOKED_TOKEN"
+        told = await anonymous(client).ask("POST", "/api/auth/refresh", {"refreshToken": mine.refresh_token})
+        assert told.code == "REVOKED_TOKEN"
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

@@ -52,7 +52,14 @@ def _no_memo(text: str) -> str:
 Address = Annotated[
     str,
     AfterValidator(_address),
-    WithJsonSchema({"type": "string", "pattern": ADDRESS_PATTERN, "description": "A Stellar account, `G…`."}),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": ADDRESS_PATTERN,
+            "description": "A Stellar account, `G…`.",
+            "examples": ["GBXFXNDLV4LSWA4VB7YIL5GBD7BVNR22SGBTDKMO2SBZZHDXSKZYCP7L"],
+        }
+    ),
 ]
 
 
