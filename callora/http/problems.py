@@ -260,13 +260,6 @@ _TABLE: Final = (
         "The hold's time passed before it was captured; its amount was given back.",
         "Begin again with a new hold.",
     ),
-    Problem(
-        "CONFLICT",
-        409,
-        "The request conflicts with the present state",
-        "What is to be changed has changed meanwhile, or exists already.",
-        "Read it again, then decide.",
-    ),
     # The call itself
     Problem(
         "BAD_GATEWAY",

@@ -276,6 +276,19 @@ def test_the_document_shows_what_is_validated() -> None:
         assert set(implied_problems(operation)) <= listed
 
 
+@pytest.mark.parametrize(
+    ("client", "caller"),
+    [
+        ("192.0.2.7", "ip:192.0.2.7"),
+        ("::ffff:192.0.2.7", "ip:192.0.2.7"),
+        ("2001:db8:1:2:3::4", "ip:2001:db8:1:2::/64"),
+        ("", "ip:"),
+    ],
+)
+def test_an_address_is_counted_as_what_one_party_holds(client: str, caller: str) -> None:
+    assert Exchange("id", "GET", client, None, 0).caller == caller
+
+
 def test_no_route_is_missing_from_the_document() -> None:
     made = house()
     document = make_document(made.operations, version="1")

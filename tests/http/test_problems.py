@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from callora.http.problems import PROBLEMS, ProblemRaised, problem_body, problem_for_status
+from callora.http.problems import _TABLE, PROBLEMS, ProblemRaised, problem_body, problem_for_status
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "errors.md"
 
 
 def test_every_problem_is_documented_with_its_status_and_cure() -> None:
     rows = re.findall(r"^\| `([A-Z_]+)` \| (\d{3}) \| (.+?) \| (.+?) \|$", DOCUMENT.read_text(), re.MULTILINE)
+    assert len(_TABLE) == len(PROBLEMS), "a code stands twice"
     assert rows == [(problem.code, str(problem.status), problem.when, problem.cure) for problem in PROBLEMS.values()]
 
 

@@ -18,7 +18,7 @@ from callora.http.problems import CONTENT_TYPE, PROBLEMS, ProblemRaised, problem
 from callora.http.rest.deps import RestDeps
 from callora.http.rest.frame import EXCHANGE, UNKNOWN_ROUTE, AsgiApp, Exchange, Frame, shielded
 from callora.http.rest.operations import Doors, Operation, bind
-from callora.ledger.faults import OutcomeUnknown, StoreUnavailable
+from callora.ledger.faults import OutcomeUnknown, StoreConflict, StoreUnavailable
 
 __all__ = ["RestDeps", "create_app", "serve_rest", "shielded"]
 
@@ -52,7 +52,7 @@ class RestApp(QuartTrio):
         leaves = list(_leaves(error))
         if all(isinstance(leaf, ProblemRaised | HTTPException) for leaf in leaves):
             return self._problem(cast(ProblemRaised | HTTPException, leaves[0]))
-        if all(isinstance(leaf, StoreUnavailable) for leaf in leaves):
+        if all(isinstance(leaf, StoreUnavailable | StoreConflict) for leaf in leaves):
             return self._problem(ProblemRaised("SERVICE_UNAVAILABLE", headers={"Retry-After": "1"}))
         if all(isinstance(leaf, OutcomeUnknown) for leaf in leaves):
             return self._problem(ProblemRaised("OUTCOME_UNKNOWN"))

@@ -6,6 +6,7 @@ than in the web framework's hooks, because answers that never reach those hooks 
 
 import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Final
 
 import attrs
@@ -83,6 +84,18 @@ class Exchange:
     """What the audit notes besides the path's parameters; never a secret."""
     body_exceeded: bool = False
     """Whether the body went past its limit; the app was then told that the client had left."""
+
+    @property
+    def caller(self) -> str:
+        """Whom a limit counts where nobody is logged in: the address; of IPv6 the /64, which is one household's."""
+        try:
+            address = ip_address(self.client)
+        except ValueError:
+            return f"ip:{self.client}"
+        if isinstance(address, IPv6Address):
+            mapped = address.ipv4_mapped
+            return f"ip:{mapped if mapped is not None else ip_network((address, 64), strict=False)}"
+        return f"ip:{address}"
 
 
 def route_group(route: str) -> str:

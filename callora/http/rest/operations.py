@@ -225,9 +225,9 @@ def _view(operation: Operation, doors: Doors) -> Callable[..., Awaitable[Respons
             try:
                 identity = await doors.authenticator.user(request.headers)
             except ProblemRaised:
-                doors.admit(operation.method, operation.path, f"ip:{exchange.client}")
+                doors.admit(operation.method, operation.path, exchange.caller)
                 raise
-        caller = f"user:{identity.user_id}" if identity is not None else f"ip:{exchange.client}"
+        caller = f"user:{identity.user_id}" if identity is not None else exchange.caller
         doors.admit(operation.method, operation.path, caller)
         return await _carry_out(operation, doors, await _read(operation, identity, exchange, parameters))
 
@@ -239,7 +239,7 @@ async def _audited(operation: Operation, doors: Doors, exchange: Exchange, param
     identity: Identity | None = None
     status = 500
     try:
-        doors.admit(operation.method, operation.path, f"ip:{exchange.client}")
+        doors.admit(operation.method, operation.path, exchange.caller)
         identity = await doors.authenticator.admin(request.headers, exchange.client)
         response = await _carry_out(operation, doors, await _read(operation, identity, exchange, parameters))
         status = response.status_code
