@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,9 @@ from callora.store.bridge import StatementRejected
 DATA_DIR: Final = Path(".callora")
 LOOPBACK: Final = "127.0.0.1/32"
 _DSN_FILE: Final = "database_url"
+ROLLUP_SECONDS_MAX: Final = 600
+ROLLUP_SPAN: Final = timedelta(days=1)
+"""How much one database transaction counts, and how long it may take."""
 _UNDEFINED_TABLE: Final = "42P01"
 _GC_THRESHOLDS: Final = (50_000, 20, 100)
 """Young objects are collected seldom and old ones hardly ever: calls make no cycles, and a full pass stops them all."""
@@ -229,11 +232,15 @@ def dev(data_dir: Path, port: int | None, as_json: bool) -> None:
     data_dir.mkdir(parents=True, exist_ok=True)
     credentials = dev_credentials(data_dir)
     allowed = os.environ.get("UPSTREAM_HOST_ALLOWLIST", "")
-    environ = {
+    secrets = {
         "ADMIN_API_KEY": credentials.admin_api_key,
         "JWT_SECRET": credentials.jwt_secret,
         "METRICS_API_KEY": credentials.metrics_api_key,
+        "AUTH_SIGNING_SEED": credentials.auth_signing_seed,
+    }
+    environ = {
         **os.environ,
+        **{name: value for name, value in secrets.items() if not os.environ.get(name)},
         "UPSTREAM_HOST_ALLOWLIST": f"{allowed},{LOOPBACK}" if allowed else LOOPBACK,
     }
     if port is not None:
@@ -260,7 +267,7 @@ def dev(data_dir: Path, port: int | None, as_json: bool) -> None:
 
 
 async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: _Stop, *, as_json: bool) -> int:
-    from callora.demo import Demo, dev_credentials, ensure_demo
+    from callora.demo import Demo, demo_token, dev_credentials, ensure_demo
     from callora.demo_upstream import serve_demo_upstream
 
     credentials = dev_credentials(data_dir)
@@ -275,7 +282,8 @@ async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: _Stop, *
             demo = await ensure_demo(context, ledger, credentials, upstream_url)
 
         async def show(serving: Serving) -> None:
-            await trio.lowlevel.checkpoint()
+            consumer_token = await demo_token(context, serving.ledger, demo.consumer_id)
+            developer_token = await demo_token(context, serving.ledger, demo.developer_user_id)
             facts = {
                 "url": serving.url,
                 "pid": os.getpid(),
@@ -287,21 +295,24 @@ async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: _Stop, *
                     "user_id": demo.consumer_id,
                     "api_key": credentials.consumer_api_key,
                     "vault_id": demo.vault_id,
+                    "token": consumer_token,
                 },
                 "developer": {
                     "user_id": demo.developer_user_id,
                     "api_id": demo.api_id,
                     "api_slug": "weather-api",
+                    "token": developer_token,
                 },
             }
-            click.echo(json.dumps(facts) if as_json else _welcome(serving.url, credentials.consumer_api_key))
+            welcome = _welcome(serving.url, credentials.consumer_api_key, consumer_token)
+            click.echo(json.dumps(facts) if as_json else welcome)
 
         code = await serve(context, dsn, stop.as_drain(), prepare=prepare, on_ready=show)
         nursery.cancel_scope.cancel()
     return code
 
 
-def _welcome(url: str, key: str) -> str:
+def _welcome(url: str, key: str, token: str) -> str:
     return f"""
 Callora is ready at {url}
 
@@ -312,6 +323,9 @@ A dearer one, a body, and one whose retry costs nothing:
   curl -i -H 'X-Api-Key: {key}' '{url}/v1/call/weather-api/forecast?days=3'
   curl -i -H 'X-Api-Key: {key}' -d '{{"unit":"celsius"}}' '{url}/v1/call/weather-api/reports/berlin'
   curl -i -H 'X-Api-Key: {key}' -H 'Idempotency-Key: first-order' -X POST '{url}/v1/call/weather-api/reports/oslo'
+
+The same caller on the dashboard's REST ({url}/api/docs), for a day:
+  curl -H 'Authorization: Bearer {token}' '{url}/api/auth/sessions'
 
 Health and metrics:
   curl {url}/api/health
@@ -456,6 +470,42 @@ def list_keys_command(data_dir: Path, vault_id: object, limit: int) -> None:
                 f"{used:%Y-%m-%d %H:%M}" if used else "never",
             )
         Console(width=200 if not sys.stdout.isatty() else None).print(table)
+        return 0
+
+    _run(run)
+
+
+@main.command()
+@_data_dir
+@click.option("--rebuild", is_flag=True, help="Forget every sum and count anew; sums grow back meanwhile.")
+def rollup(data_dir: Path, rebuild: bool) -> None:
+    """Add usage up to now, which running services do by themselves; tell how far the sums are."""
+    settings = _settings(os.environ)
+
+    async def run() -> int:
+        from callora.store import rollup as sums
+        from callora.store.bridge import open_database
+
+        def tell(made: sums.Pass) -> None:
+            if made.behind:
+                click.echo(f"counted until {made.as_of:%Y-%m-%d %H:%M}", err=True)
+
+        clock = SystemClock()
+        async with (
+            _database_url(settings, data_dir, shared=True) as dsn,
+            open_database(dsn, command_seconds=ROLLUP_SECONDS_MAX) as database,
+        ):
+            if rebuild:
+                calls = await sums.rebuild(database, clock, tell, ROLLUP_SPAN)
+                click.echo(f"counted {calls} calls anew")
+                return 0
+            calls, behind = 0, True
+            while behind:
+                made = await sums.advance(database, clock.now(), span=ROLLUP_SPAN, wait=True)
+                assert made is not None, "it waits for its turn"
+                tell(made)
+                calls, behind = calls + made.calls, made.behind
+            click.echo(f"counted {calls} calls more")
         return 0
 
     _run(run)

@@ -19,6 +19,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from callora.ledger.wallets import is_seed
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _PREFIX: Final = "CALLORA_"
@@ -26,6 +28,8 @@ _READ_ELSEWHERE: Final = ("CALLORA_PG_BIN",)
 """Variables of ours that are no settings of the service: where the embedded PostgreSQL's programs are."""
 _SHOWN_CHARS_MAX: Final = 80
 _JWT_SECRET_BYTES_MIN: Final = 32
+_DOMAIN_CHARS_MAX: Final = 59
+"""A login challenge has an entry named by the domain and " auth", and Stellar allows such a name 64 bytes."""
 _HOST_NAME: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(?:\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\.?", re.ASCII)
 _SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) *(b|kb|mb|gb|tb)?", re.ASCII | re.IGNORECASE)
 _SIZE_UNITS: Final = {"b": 1, "kb": 1024, "mb": 1024**2, "gb": 1024**3, "tb": 1024**4}
@@ -120,6 +124,21 @@ def _signing_secret(value: SecretStr) -> SecretStr:
     if len(value.get_secret_value().encode()) < _JWT_SECRET_BYTES_MIN:
         raise ValueError("too short")
     return value
+
+
+def _signing_seed(value: SecretStr) -> SecretStr:
+    if not is_seed(value.get_secret_value()):
+        raise ValueError("not a seed")
+    return value
+
+
+def _domain(value: str) -> str:
+    name, colon, port = value.lower().partition(":")
+    if len(value) > _DOMAIN_CHARS_MAX or _HOST_NAME.fullmatch(name) is None or name.endswith("."):
+        raise ValueError("not a domain")
+    if colon and (re.fullmatch(r"[1-9][0-9]{0,4}", port, re.ASCII) is None or int(port) > 65535):
+        raise ValueError("not a port")
+    return value.lower()
 
 
 def _header_secret(value: SecretStr) -> SecretStr:
@@ -303,6 +322,31 @@ class Settings(BaseSettings):
         shown="empty: from anywhere",
     )
 
+    # Logging in with a wallet
+    stellar_network: Annotated[Literal["testnet", "mainnet"], BeforeValidator(_lower)] = _setting(
+        "STELLAR_NETWORK SOROBAN_NETWORK",
+        "testnet",
+        "be testnet or mainnet",
+        "The Stellar network that wallets log in on.",
+    )
+    auth_signing_seed: Annotated[SecretStr, AfterValidator(_signing_seed)] | None = _setting(
+        "AUTH_SIGNING_SEED",
+        None,
+        "be a Stellar seed (S and 55 more characters)",
+        "Signs the challenges of SEP-10 and nothing else; its public key is in `/.well-known/stellar.toml`. It needs "
+        "no account on the network.",
+        shown="none: `/auth` answers 503",
+    )
+    auth_home_domain: Annotated[str, AfterValidator(_domain)] | None = _setting(
+        "AUTH_HOME_DOMAIN",
+        None,
+        f"be a domain name of at most {_DOMAIN_CHARS_MAX} characters, with a port where it is not 443",
+        "The domain that wallets show when they log in, under which this service's stellar.toml and `/auth` are "
+        "reached; required in production where AUTH_SIGNING_SEED is set. What a request calls its Host is never "
+        "believed.",
+        shown="localhost and the port",
+    )
+
     # PostgreSQL
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = _setting(
         "DATABASE_URL",
@@ -434,10 +478,14 @@ class Settings(BaseSettings):
         "Requests of one user, or of one address that is not logged in, in that window.",
     )
     login_rate_limit_window_seconds: _Milliseconds = _milliseconds(
-        "LOGIN_RATE_LIMIT_WINDOW_MS", 60_000, 1, 86_400_000, "The window of the login routes' limit."
+        "LOGIN_RATE_LIMIT_WINDOW_MS", 60_000, 1, 86_400_000, "The window of the limit of logins."
     )
     login_rate_limit_max_requests: _Whole = _whole_number(
-        "LOGIN_RATE_LIMIT_MAX_REQUESTS", 5, 1, 1_000_000_000, "Login requests of one address in that window."
+        "LOGIN_RATE_LIMIT_MAX_REQUESTS",
+        5,
+        1,
+        1_000_000_000,
+        "Logins of one address in that window, failed ones included; as many challenges may be asked for.",
     )
 
     # The ledger
@@ -459,6 +507,13 @@ class Settings(BaseSettings):
     )
     idempotency_max_body_bytes: _Size = _size(
         "IDEMPOTENCY_MAX_BODY", "256kb", "0b", "16mb", "The largest answer that is stored to be replayed."
+    )
+    usage_rollup_interval_seconds: _Milliseconds = _milliseconds(
+        "USAGE_ROLLUP_INTERVAL_MS",
+        2000,
+        10,
+        3_600_000,
+        "How often usage is added up; sums lag by about as much.",
     )
     actor_mailbox_max: _Whole = _whole_number(
         "ACTOR_MAILBOX_MAX", 1024, 1, 1_000_000, "Commands that may wait for one vault; past it they are refused."
@@ -581,6 +636,11 @@ def _conflicts(settings: Settings) -> Iterator[_Conflict]:
     for name in ("jwt_secret", "admin_api_key", "metrics_api_key"):
         if getattr(settings, name) is None:
             yield ((name,), f"{name.upper()}: is required in production")
+    if settings.auth_signing_seed is not None and settings.auth_home_domain is None:
+        yield (
+            ("auth_signing_seed", "auth_home_domain"),
+            "AUTH_HOME_DOMAIN: is required in production where AUTH_SIGNING_SEED is set",
+        )
     if settings.database_dsn is None:
         yield (("database_url", "db_host"), "DATABASE_URL: is required in production (or DB_HOST)")
     if "*" in settings.upstream_host_allowlist:

@@ -8,11 +8,15 @@ from typing import Final
 
 import attrs
 
+from callora.actors.sessions import Sessions, Visitor
+from callora.dashboard import token_settings
+from callora.http.rest.identity import mint_access_token
 from callora.ledger.commands import Deposit
 from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, UserId, VaultId
 from callora.ledger.keys import RANDOM_BYTES, make_key
 from callora.ledger.money import parse_usdc
 from callora.ledger.outcomes import BalanceMoved
+from callora.ledger.wallets import KEY_BYTES, make_seed
 from callora.service import Context, Ledger
 from callora.store import accounts
 from callora.store.accounts import PricedEndpoint
@@ -28,6 +32,9 @@ ENDPOINTS: Final = (
     PricedEndpoint("POST", "/reports/{city}", parse_usdc("0.02")),
     PricedEndpoint("*", "*", parse_usdc("0.005")),
 )
+TOKEN_SECONDS: Final = 86_400
+"""How long the demo's access tokens last. Fifteen minutes, like everyone else's, would end under a script; and there is
+no refresh token, which one of two scripts would use under the other."""
 _CREDENTIALS_FILE: Final = "credentials.json"
 
 
@@ -39,24 +46,30 @@ class DevCredentials:
     jwt_secret: str
     metrics_api_key: str
     consumer_api_key: str
+    auth_signing_seed: str
 
 
 def dev_credentials(data_dir: Path) -> DevCredentials:
-    """Return the directory's credentials, made on the first call."""
+    """Return the directory's credentials, made on the first call; what an older version did not know is added."""
     path = data_dir / _CREDENTIALS_FILE
-    if not path.exists():
-        made = DevCredentials(
-            admin_api_key=secrets.token_urlsafe(24),
-            jwt_secret=secrets.token_urlsafe(48),
-            metrics_api_key=secrets.token_urlsafe(24),
-            consumer_api_key=make_key("testnet", secrets.token_bytes(RANDOM_BYTES)),
-        )
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    made = DevCredentials(
+        **{
+            "admin_api_key": secrets.token_urlsafe(24),
+            "jwt_secret": secrets.token_urlsafe(48),
+            "metrics_api_key": secrets.token_urlsafe(24),
+            "consumer_api_key": make_key("testnet", secrets.token_bytes(RANDOM_BYTES)),
+            "auth_signing_seed": make_seed(secrets.token_bytes(KEY_BYTES)),
+            **kept,
+        }
+    )
+    if attrs.asdict(made) != kept:
         temporary = path.with_suffix(".new")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump(attrs.asdict(made), file)
         temporary.rename(path)
-    return DevCredentials(**json.loads(path.read_text()))
+    return made
 
 
 @attrs.frozen
@@ -94,6 +107,23 @@ async def ensure_demo(context: Context, ledger: Ledger, credentials: DevCredenti
         )
         assert added
     return Demo(consumer, vault_id, developer_user, api_id)
+
+
+async def demo_token(context: Context, ledger: Ledger, user_id: UserId) -> str:
+    """Return an access token of a demo user, in a session of its own, good for TOKEN_SECONDS."""
+    tokens = token_settings(context.settings)
+    assert tokens is not None, "dev has a secret"
+    sessions = Sessions(
+        database=ledger.database,
+        clock=context.clock,
+        ids=context.ids,
+        random_bytes=os.urandom,
+        domain="",
+        web_auth=None,
+        log=context.logs.logger("demo"),
+    )
+    session_id = await sessions.open_for(user_id, Visitor("", "callora dev"), TOKEN_SECONDS)
+    return mint_access_token(tokens, context.clock, user_id, session_id, None, TOKEN_SECONDS)
 
 
 async def _ensure_user(context: Context, ledger: Ledger, name: str) -> UserId:

@@ -225,6 +225,12 @@ class Metrics:
             "callora_hold_oldest_seconds", "seconds", "The age of the oldest open hold; its bound: HOLD_TTL_SECONDS."
         )
 
+        self.usage_rollup_lag_seconds = self._gauge(
+            "callora_usage_rollup_lag_seconds",
+            "seconds",
+            "How far sums of usage are behind the calls; expected: USAGE_ROLLUP_INTERVAL_MS.",
+        )
+
         self.charged = self._tally_of(self.charged_stroops)
         """The tally of charged_stroops."""
         ProcessCollector(registry=self.registry)

@@ -221,7 +221,8 @@ async def serve(
         async with open_ledger(context, dsn, budget) as ledger, trio.open_nursery() as jobs:
             if prepare is not None:
                 await prepare(ledger)
-            parts = await _start_parts(context, ledger, jobs, flow_class, budget)
+            port: int = listener_socket.getsockname()[1]
+            parts = await _start_parts(context, ledger, jobs, flow_class, budget, port)
             async with trio.open_nursery() as serving:
                 await serving.start(parts.rest.run)
                 await serving.start(parts.listener.run, [listener_socket])
@@ -267,7 +268,7 @@ class _Parts:
 
 
 async def _start_parts(
-    context: Context, ledger: Ledger, jobs: trio.Nursery, flow_class: type[CallFlow], budget: Budget
+    context: Context, ledger: Ledger, jobs: trio.Nursery, flow_class: type[CallFlow], budget: Budget, port: int
 ) -> _Parts:
     """Make the parts, and start those that run beside the calls."""
     settings, metrics, logs = context.settings, context.metrics, context.logs
@@ -326,6 +327,7 @@ async def _start_parts(
         catalogue=catalogue,
         admission=admission,
         resolver=resolver,
+        port=port,
         clock=context.clock,
         ids=context.ids,
         metrics=metrics,

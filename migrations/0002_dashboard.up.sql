@@ -18,7 +18,7 @@ CREATE TABLE sessions (
     revoked_at     timestamptz,
     revoked_for    text CHECK (revoked_for IN ('logout', 'revoked_all', 'reuse'))
 );
-CREATE INDEX sessions_user ON sessions (user_id, created_at);
+CREATE INDEX sessions_user ON sessions (user_id, session_id);
 CREATE INDEX sessions_expiry ON sessions (expires_at);
 
 CREATE TABLE refresh_tokens (
@@ -29,6 +29,7 @@ CREATE TABLE refresh_tokens (
     used_at    timestamptz
 );
 CREATE INDEX refresh_tokens_session ON refresh_tokens (session_id);
+CREATE INDEX refresh_tokens_expiry ON refresh_tokens (expires_at);
 
 -- What was given to a wallet to sign. It is used once; kept until it could not be used any more.
 CREATE TABLE login_challenges (
@@ -60,6 +61,19 @@ CREATE INDEX apis_developer ON apis (developer_id);
 ALTER TABLE api_endpoints
     ADD COLUMN description text CHECK (length(description) BETWEEN 1 AND 1000),
     ADD COLUMN retired_at timestamptz;
+
+-- The price of a date is read from here alone, of one endpoint or of all.
+CREATE INDEX endpoint_prices_in_effect ON endpoint_prices (endpoint_id, effective_from DESC, version DESC)
+    INCLUDE (amount);
+
+-- What the marketplace shows and sorts by: the last 30 days of an API, counted anew every few minutes, so that a public
+-- list never sums the usage itself.
+CREATE TABLE api_popularity (
+    api_id       bigint PRIMARY KEY REFERENCES apis,
+    calls        bigint NOT NULL CHECK (calls > 0),
+    failed_calls bigint NOT NULL CHECK (failed_calls BETWEEN 0 AND calls),
+    latency_us   bigint NOT NULL CHECK (latency_us >= 0)
+);
 
 -- A regenerated key's former secret may live on for a grace period.
 ALTER TABLE api_keys
@@ -97,39 +111,43 @@ ALTER TABLE ledger_entries
 -- The statement of a vault reads its entries by date, and its usage by the date inside the event's id.
 CREATE INDEX ledger_entries_statement ON ledger_entries (vault_id, created_at, seq);
 
--- A charge asked for over REST, bound to the usage event that carries it out before that event exists.
+-- A charge asked for over REST, bound to the usage event that carries it out before that event exists. What became of
+-- it is the event's to tell; bound to another event only when the one before ended uncharged.
 CREATE TABLE billing_requests (
     user_id     uuid NOT NULL REFERENCES users,
     request_id  text NOT NULL CHECK (length(request_id) BETWEEN 1 AND 255),
     vault_id    uuid NOT NULL REFERENCES vaults,
     event_id    uuid NOT NULL UNIQUE,
-    api_key_id  uuid NOT NULL,
+    api_key_id  uuid,
     api_id      bigint NOT NULL,
     endpoint_id bigint NOT NULL,
     amount      bigint NOT NULL CHECK (amount > 0),
     fingerprint bytea NOT NULL CHECK (length(fingerprint) = 32),
-    state       text NOT NULL DEFAULT 'started' CHECK (state IN ('started', 'captured', 'failed')),
     created_at  timestamptz NOT NULL,
     PRIMARY KEY (user_id, request_id)
 );
 CREATE INDEX billing_requests_listing ON billing_requests (user_id, created_at DESC, request_id);
 
--- The first answer to a REST request with an Idempotency-Key, for its user alone.
+-- The first answer to a REST request with an Idempotency-Key, for who asked alone. `attempt` is whose work it is: one
+-- that was taken over stores nothing.
 CREATE TABLE rest_idempotency (
-    user_id     uuid NOT NULL,
+    actor       text NOT NULL CHECK (length(actor) BETWEEN 1 AND 255),
     key         text NOT NULL CHECK (length(key) BETWEEN 1 AND 255),
     fingerprint bytea NOT NULL CHECK (length(fingerprint) = 32),
+    attempt     uuid NOT NULL,
     status      smallint,
+    headers     jsonb CHECK (jsonb_typeof(headers) = 'object'),
     body        bytea,
     created_at  timestamptz NOT NULL,
     expires_at  timestamptz NOT NULL,
-    PRIMARY KEY (user_id, key),
-    CHECK ((status IS NULL) = (body IS NULL))
+    PRIMARY KEY (actor, key),
+    CHECK ((status IS NULL) = (body IS NULL) AND (status IS NULL) = (headers IS NULL))
 );
 CREATE INDEX rest_idempotency_expiry ON rest_idempotency (expires_at);
 
--- Calls and money by minute: the only source of sums. Derived from closed usage events, rebuildable from nothing.
--- Every minute before `done_until` is final; the minutes after it are counted anew at each pass.
+-- Calls and money by minute: the only source of sums. Derived from closed usage events and from refunds, each at its own
+-- date, and rebuildable from nothing. Every minute before `done_until` is final but for the holds in usage_open; the
+-- minutes after it are counted anew at each pass. A failed call is one that had no answer, or one of status 400 and up.
 CREATE TABLE usage_minutes (
     vault_id       uuid NOT NULL,
     minute         timestamptz NOT NULL,
@@ -137,22 +155,90 @@ CREATE TABLE usage_minutes (
     endpoint_id    bigint NOT NULL,
     api_id         bigint NOT NULL,
     developer_id   uuid NOT NULL,
-    calls          bigint NOT NULL CHECK (calls > 0),
+    calls          bigint NOT NULL CHECK (calls >= 0),
     charged_calls  bigint NOT NULL CHECK (charged_calls BETWEEN 0 AND calls),
     failed_calls   bigint NOT NULL CHECK (failed_calls BETWEEN 0 AND calls),
+    timed_calls    bigint NOT NULL CHECK (timed_calls BETWEEN 0 AND calls),
     amount         bigint NOT NULL CHECK (amount >= 0),
+    refunded       bigint NOT NULL CHECK (refunded >= 0),
     latency_us     bigint NOT NULL CHECK (latency_us >= 0),
     request_bytes  bigint NOT NULL CHECK (request_bytes >= 0),
     response_bytes bigint NOT NULL CHECK (response_bytes >= 0),
     PRIMARY KEY (vault_id, minute, api_key_id, endpoint_id)
-);
-CREATE INDEX usage_minutes_developer ON usage_minutes (developer_id, minute);
+) WITH (fillfactor = 80);
+-- Where in a vault an endpoint was called with a key, newest first: how a list finds what matches seldom.
+CREATE INDEX usage_minutes_lines ON usage_minutes (vault_id, api_key_id, endpoint_id, minute);
 
+-- The same by day in UTC, moved by what a pass changed in usage_minutes, in its transaction: for a vault in full, for a
+-- developer by endpoint and by caller, and a vault's whole. A month of a busy vault has too many minutes to add up on
+-- every page.
+CREATE TABLE usage_days (
+    vault_id       uuid NOT NULL,
+    day            timestamptz NOT NULL,
+    api_key_id     uuid NOT NULL,
+    endpoint_id    bigint NOT NULL,
+    api_id         bigint NOT NULL,
+    calls          bigint NOT NULL,
+    charged_calls  bigint NOT NULL,
+    failed_calls   bigint NOT NULL,
+    timed_calls    bigint NOT NULL,
+    amount         bigint NOT NULL,
+    refunded       bigint NOT NULL,
+    latency_us     bigint NOT NULL,
+    request_bytes  bigint NOT NULL,
+    response_bytes bigint NOT NULL,
+    PRIMARY KEY (vault_id, day, api_key_id, endpoint_id)
+) WITH (fillfactor = 70);
+
+CREATE TABLE developer_days (
+    developer_id uuid NOT NULL,
+    day          timestamptz NOT NULL,
+    endpoint_id  bigint NOT NULL,
+    api_id       bigint NOT NULL,
+    calls        bigint NOT NULL,
+    failed_calls bigint NOT NULL,
+    amount       bigint NOT NULL,
+    refunded     bigint NOT NULL,
+    PRIMARY KEY (developer_id, day, endpoint_id)
+) WITH (fillfactor = 70);
+
+CREATE TABLE developer_callers (
+    developer_id uuid NOT NULL,
+    day          timestamptz NOT NULL,
+    api_id       bigint NOT NULL,
+    vault_id     uuid NOT NULL,
+    calls        bigint NOT NULL,
+    amount       bigint NOT NULL,
+    refunded     bigint NOT NULL,
+    PRIMARY KEY (developer_id, day, api_id, vault_id)
+) WITH (fillfactor = 70);
+
+CREATE TABLE vault_days (
+    day          timestamptz NOT NULL,
+    vault_id     uuid NOT NULL,
+    calls        bigint NOT NULL,
+    failed_calls bigint NOT NULL,
+    amount       bigint NOT NULL,
+    refunded     bigint NOT NULL,
+    PRIMARY KEY (day, vault_id)
+) WITH (fillfactor = 70);
+
+-- Holds that were open when their minute became final. Each leaves in the transaction that counts it.
+CREATE TABLE usage_open (
+    vault_id uuid NOT NULL,
+    event_id uuid NOT NULL,
+    PRIMARY KEY (vault_id, event_id)
+);
+
+-- How far the rollup is. Its row is locked while a pass runs. `as_of`: what had ended by then is counted.
 CREATE TABLE usage_rollup (
     only_row   boolean PRIMARY KEY DEFAULT true CHECK (only_row),
     done_until timestamptz NOT NULL,
-    passed_at  timestamptz NOT NULL
+    as_of      timestamptz NOT NULL
 );
+INSERT INTO usage_rollup (done_until, as_of) VALUES ('epoch', 'epoch');
+-- A pass finds refunds by their date; no other entry is in it.
+CREATE INDEX ledger_entries_refunded ON ledger_entries (created_at) WHERE kind = 'refund';
 
 -- Every access by an operator, whatever came of it. Append-only.
 CREATE TABLE audit_events (

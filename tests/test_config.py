@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from callora.config import SETTINGS, ConfigurationInvalid, Settings, load_settings
+from callora.ledger.wallets import make_seed
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "configuration.md"
 PRODUCTION = {
@@ -219,6 +220,49 @@ def test_level_names_of_other_loggers_are_understood() -> None:
     assert load_settings({"LOG_LEVEL": "WARN"}).log_level == "warning"
     assert load_settings({"LOG_LEVEL": "trace"}).log_level == "debug"
     assert problems({"LOG_LEVEL": "loud"})
+
+
+def test_the_stellar_network_has_a_former_name() -> None:
+    assert load_settings({}).stellar_network == "testnet"
+    assert load_settings({"SOROBAN_NETWORK": "mainnet"}).stellar_network == "mainnet"
+    assert load_settings({"STELLAR_NETWORK": "Testnet", "SOROBAN_NETWORK": "mainnet"}).stellar_network == "testnet"
+    assert problems({"STELLAR_NETWORK": "pubnet"}) == ["STELLAR_NETWORK: must be testnet or mainnet, got 'pubnet'"]
+
+
+def test_a_signing_seed_is_a_seed_and_is_never_printed() -> None:
+    seed = make_seed(bytes(32))
+    assert seed not in repr(load_settings({"AUTH_SIGNING_SEED": seed}))
+    for wrong in (seed[:-1] + "A", seed.lower(), seed[:-1], f"{seed} ", "G" + seed[1:], "x"):
+        (line,) = problems({"AUTH_SIGNING_SEED": wrong})
+        assert line == "AUTH_SIGNING_SEED: must be a Stellar seed (S and 55 more characters)"
+
+
+@pytest.mark.parametrize(
+    "domain", ["callora.test", "CALLORA.test:8443", "localhost", "10.0.0.1:3000", "a" * 55 + ".com"]
+)
+def test_a_home_domain_is_a_name_with_or_without_a_port(domain: str) -> None:
+    assert load_settings({"AUTH_HOME_DOMAIN": domain}).auth_home_domain == domain.lower()
+
+
+@pytest.mark.parametrize(
+    "domain",
+    [
+        *("https://callora.test", "callora.test/", "callora.test:", "callora.test:0", "callora.test:65536", ":80"),
+        *("a b.test", "callora.test.", "-a.test", "a" * 55 + ".comm", 'a".test', "[::1]:80", "user@callora.test"),
+    ],
+)
+def test_what_is_no_domain_is_refused(domain: str) -> None:
+    (line,) = problems({"AUTH_HOME_DOMAIN": domain})
+    assert line.startswith("AUTH_HOME_DOMAIN: must be a domain name of at most 59 characters")
+
+
+def test_production_names_the_domain_that_it_signs_for() -> None:
+    seed = make_seed(bytes(32))
+    assert problems({**PRODUCTION, "AUTH_SIGNING_SEED": seed}) == [
+        "AUTH_HOME_DOMAIN: is required in production where AUTH_SIGNING_SEED is set"
+    ]
+    assert load_settings({**PRODUCTION, "AUTH_SIGNING_SEED": seed, "AUTH_HOME_DOMAIN": "callora.test"})
+    assert load_settings(PRODUCTION).auth_signing_seed is None
 
 
 def test_an_unknown_prefixed_name_is_a_misspelling_and_other_names_are_none_of_our_business() -> None:

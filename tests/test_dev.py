@@ -6,16 +6,22 @@ import random
 import signal
 import stat
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
+import httpx
+import jwt
 import psutil
 import pytest
 import trio
 
+from callora.demo import dev_credentials
 from callora.ledger.money import parse_usdc
+from callora.ledger.wallets import is_seed
 from tests.support.client import call
 from tests.support.processes import (
     Caller,
@@ -25,6 +31,7 @@ from tests.support.processes import (
     processes_in,
     run_callora,
 )
+from tests.support.wallets import Wallet
 
 WEATHER = "/v1/call/weather-api/current"
 
@@ -66,8 +73,8 @@ def test_it_prints_one_json_line_and_serves_at_once(tmp_path: Path) -> None:
         assert facts["data_dir"] == str(data_dir)
         assert facts["upstream_url"].startswith("http://127.0.0.1:")
         assert facts["admin_api_key"]
-        assert set(facts["consumer"]) == {"user_id", "api_key", "vault_id"}
-        assert set(facts["developer"]) == {"user_id", "api_id", "api_slug"}
+        assert set(facts["consumer"]) == {"user_id", "api_key", "vault_id", "token"}
+        assert set(facts["developer"]) == {"user_id", "api_id", "api_slug", "token"}
         assert pay(facts) == (200, "99.9900000")
         assert pay(facts, "/v1/call/weather-api/forecast?days=3") == (200, "99.9400000")
         assert pay(facts, "/v1/call/weather-api/reports/oslo", "first-order", "POST") == (201, "99.9200000")
@@ -78,7 +85,8 @@ def test_it_prints_one_json_line_and_serves_at_once(tmp_path: Path) -> None:
         assert len(process.stdout.splitlines()) == 1
         assert json.loads(process.stdout) == facts
         assert "stopped" in process.stderr
-        for secret in (facts["consumer"]["api_key"], facts["admin_api_key"]):
+        tokens = (facts["consumer"]["token"], facts["developer"]["token"])
+        for secret in (facts["consumer"]["api_key"], facts["admin_api_key"], *tokens):
             assert secret not in process.stderr
     assert stat.S_IMODE((data_dir / "credentials.json").stat().st_mode) == 0o600
 
@@ -90,6 +98,8 @@ def test_a_second_start_keeps_balance_ids_and_key(tmp_path: Path) -> None:
         process.signal(signal.SIGTERM)
         assert process.wait(15) == 0
     with dev(data_dir, tmp_path) as (process, second):
+        for who in ("consumer", "developer"):
+            assert first[who].pop("token") != second[who].pop("token"), "a session of each start's own"
         for name in ("consumer", "developer", "admin_api_key", "data_dir"):
             assert second[name] == first[name]
         assert pay(second, key="once")[0] == 200, "a retry after the restart"
@@ -210,3 +220,57 @@ def test_it_welcomes_people_with_commands_that_work(tmp_path: Path) -> None:
         assert len(lines) >= 4
         for line in lines:
             assert os.system(f"{line} --silent --fail --output /dev/null") == 0, line
+
+
+def ask(facts: dict[str, Any], path: str, token: str | None = None) -> tuple[int, Any]:
+    """Return status and document of a request to the dashboard's REST."""
+    headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+    answer = httpx.get(facts["url"] + path, headers=headers)
+    return answer.status_code, answer.json()
+
+
+def test_its_tokens_are_sessions_of_the_demo_users_for_a_day(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    with dev(data_dir, tmp_path) as (process, facts):
+        for who in ("consumer", "developer"):
+            status, document = ask(facts, "/api/auth/sessions", facts[who]["token"])
+            assert status == 200
+            (session,) = document["data"]
+            assert session["current"]
+            claims = jwt.decode(facts[who]["token"], options={"verify_signature": False})
+            assert claims["sub"] == facts[who]["user_id"]
+            assert claims["exp"] - claims["iat"] == 86_400
+        process.signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+    with dev(data_dir, tmp_path) as (_, later):
+        assert ask(later, "/api/auth/sessions", facts["consumer"]["token"])[0] == 200, "a restart ends no session"
+
+
+def test_wallets_log_in_to_it_and_its_signing_key_stays(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    with dev(data_dir, tmp_path) as (process, facts):
+        wallet = Wallet()
+        status, challenge = ask(facts, f"/auth?account={wallet.address}")
+        assert status == 200
+        signed = wallet.sign_transaction(challenge["transaction"], challenge["network_passphrase"])
+        assert httpx.post(facts["url"] + "/auth", json={"transaction": signed}).status_code == 200
+        toml = tomllib.loads(httpx.get(facts["url"] + "/.well-known/stellar.toml").text)
+        assert toml["WEB_AUTH_ENDPOINT"] == f"http://localhost:{port_of(facts)}/auth"
+        process.signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+        assert json.loads((data_dir / "credentials.json").read_text())["auth_signing_seed"] not in process.stderr
+    with dev(data_dir, tmp_path) as (_, facts):
+        again = tomllib.loads(httpx.get(facts["url"] + "/.well-known/stellar.toml").text)
+        assert again["SIGNING_KEY"] == toml["SIGNING_KEY"]
+
+
+def test_a_directory_of_an_older_version_gets_the_secrets_it_lacks(tmp_path: Path) -> None:
+    first = dev_credentials(tmp_path)
+    path = tmp_path / "credentials.json"
+    kept = {name: value for name, value in attrs.asdict(first).items() if name != "auth_signing_seed"}
+    path.write_text(json.dumps(kept))
+    second = dev_credentials(tmp_path)
+    assert {**attrs.asdict(second), "auth_signing_seed": ""} == {**kept, "auth_signing_seed": ""}
+    assert is_seed(second.auth_signing_seed)
+    assert dev_credentials(tmp_path) == second
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -33,6 +33,30 @@ class Breaker:
     _successes: int = 0
     _opened_at: float = 0.0
     _trial: bool = False
+    _era: int = 0
+    """Grows when an operator steps in: what was admitted before says nothing about what holds since."""
+
+    @property
+    def failures(self) -> int:
+        """Failures in a row that count towards opening."""
+        return self._failures
+
+    def remaining(self, now: float) -> float:
+        """Return for how many seconds an open breaker admits no trial yet; 0 where it is not open."""
+        return max(0.0, self._opened_at + self.settings.cooldown_seconds - now) if self.state == "open" else 0.0
+
+    def reset(self) -> None:
+        """Close, as if nothing had ever failed."""
+        self.state = "closed"
+        self._failures = self._successes = 0
+        self._trial = False
+        self._era += 1
+
+    def trip(self, now: float) -> None:
+        """Open now; after the cooldown a trial is admitted, as ever."""
+        self._open(now)
+        self._trial = False
+        self._era += 1
 
     def admit(self, now: float) -> "Ticket | float":
         """Return a ticket for one call, or how many seconds to stay away.
@@ -40,7 +64,7 @@ class Breaker:
         Half-open admits one trial at a time. Whoever has a ticket ends it.
         """
         if self.state == "closed":
-            return Ticket(self, trial=False)
+            return Ticket(self, False, self._era)
         remaining = self._opened_at + self.settings.cooldown_seconds - now
         if self.state == "open":
             if remaining > 0:
@@ -50,9 +74,11 @@ class Breaker:
         if self._trial:
             return TRIAL_SECONDS
         self._trial = True
-        return Ticket(self, trial=True)
+        return Ticket(self, True, self._era)
 
     def _end(self, ticket: "Ticket", succeeded: bool | None, now: float) -> None:
+        if ticket.era != self._era:
+            return
         if ticket.trial:
             self._trial = False
             if succeeded:
@@ -81,6 +107,8 @@ class Ticket:
     _breaker: Breaker
     trial: bool
     """True for the one call that a half-open breaker admits."""
+    era: int
+    """When it was given, in the breaker's own count."""
     _ended: bool = False
 
     def end(self, succeeded: bool | None, now: float) -> None:

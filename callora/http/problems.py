@@ -333,6 +333,35 @@ _TABLE: Final = (
         "Its owner logged out, or one of its refresh tokens was used twice; a token for calls was revoked.",
         "Log in again; make a new token for calls.",
     ),
+    # Logging in
+    Problem(
+        "INVALID_CHALLENGE",
+        401,
+        "The challenge is not valid",
+        "It is not one of ours for this wallet and network, has expired, or was used before: each gives one login.",
+        "Ask for a new challenge and sign that.",
+    ),
+    Problem(
+        "INVALID_SIGNATURE",
+        401,
+        "The signature is not valid",
+        "The wallet's master key did not sign exactly this message by SEP-53.",
+        "Sign the message as it was given, with the key of walletAddress.",
+    ),
+    Problem(
+        "INVALID_REFRESH_TOKEN",
+        401,
+        "The refresh token is not valid",
+        "It is none of ours, or so old that it is forgotten.",
+        "Log in again.",
+    ),
+    Problem(
+        "EXPIRED_TOKEN",
+        401,
+        "The refresh token has expired",
+        "Refresh tokens last 7 days.",
+        "Log in again.",
+    ),
     # REST
     Problem(
         "VALIDATION_ERROR",
@@ -362,6 +391,13 @@ _TABLE: Final = (
         "Another request changed the same thing, or a name is taken; the message says which.",
         "Read what is, then decide anew.",
     ),
+    Problem(
+        "DEVELOPER_NOT_FOUND",
+        403,
+        "You have no developer profile",
+        "Earnings and analytics belong to a developer profile, and this user has none.",
+        "Open your profile first: GET /api/developers/me.",
+    ),
     Problem("API_KEY_NOT_FOUND", 404, "No such API key", "No key of yours has this id.", "List your keys."),
     Problem(
         "TOKEN_NOT_FOUND", 404, "No such access token", "The key has no access token of this id.", "List its tokens."
@@ -372,6 +408,20 @@ _TABLE: Final = (
         "No such vault",
         "You have no vault on this network.",
         "Create one: POST /api/vault.",
+    ),
+    Problem(
+        "BILLING_REQUEST_NOT_FOUND",
+        404,
+        "No such billing request",
+        "No charge of yours was asked for under this request id.",
+        "List them: GET /api/billing.",
+    ),
+    Problem(
+        "REFUND_EXCEEDS_CHARGE",
+        409,
+        "The refund exceeds what is left of the charge",
+        "Refunds of a usage event never exceed what was captured for it; details give what is refundable.",
+        "Refund at most that.",
     ),
     Problem(
         "COMPONENT_NOT_CONFIGURED",

@@ -144,6 +144,16 @@ class Refund:
 
 
 @attrs.frozen(slots=True)
+class Grant:
+    """Credit a vault with money that no deposit brought; repeated under the same reference it changes nothing."""
+
+    amount: Stroops
+    """stroops, > 0."""
+    ref: str
+    """Names the grant once and for ever; 1 to 200 characters."""
+
+
+@attrs.frozen(slots=True)
 class SetStanding:
     """Set the vault's standing; anything but active refuses new holds."""
 
@@ -151,5 +161,5 @@ class SetStanding:
 
 
 RoundCommand = PlaceHold | CloseHold
-LockedCommand = ExtendHold | Deposit | Withdraw | Refund | SetStanding
+LockedCommand = ExtendHold | Deposit | Withdraw | Refund | Grant | SetStanding
 Command = RoundCommand | LockedCommand

@@ -34,7 +34,7 @@ class HoldClosed:
 
 @attrs.frozen(slots=True)
 class BalanceMoved:
-    """A deposit, withdrawal or refund is booked."""
+    """A deposit, withdrawal, refund or grant is booked."""
 
     seq: int
     """The number of its ledger entry in the vault."""

@@ -12,6 +12,8 @@ import attrs
 
 from callora.ledger.ids import ApiId, DeveloperId, UserId, VaultId
 from callora.ledger.money import Stroops
+from callora.ledger.offers import DatedPrice, EndpointOffer, Status
+from callora.store import apis
 from callora.store.bridge import Database
 
 _ADD_USER: Final = """
@@ -49,22 +51,7 @@ INSERT INTO apis (developer_id, slug, name, base_url, created_at) VALUES ($1, $2
 ON CONFLICT (slug) DO UPDATE SET base_url = excluded.base_url WHERE apis.base_url <> excluded.base_url
 """
 
-_FIND_API: Final = "SELECT api_id FROM apis WHERE slug = $1"
-
-_ADD_ENDPOINT: Final = """
-INSERT INTO api_endpoints (api_id, method, path) VALUES ($1, $2, $3) ON CONFLICT (api_id, method, path) DO NOTHING
-"""
-
-_SET_PRICE: Final = """
-INSERT INTO endpoint_prices (endpoint_id, version, amount, effective_from)
-SELECT e.endpoint_id, coalesce(max(p.version), 0) + 1, $4, $5
-FROM api_endpoints e LEFT JOIN endpoint_prices p ON p.endpoint_id = e.endpoint_id
-WHERE e.api_id = $1 AND e.method = $2 AND e.path = $3
-GROUP BY e.endpoint_id
-HAVING $4 IS DISTINCT FROM (array_agg(p.amount ORDER BY p.version DESC))[1]
-"""
-
-_SET_STATUS: Final = "UPDATE apis SET status = $2 WHERE api_id = $1"
+_LOCK_API: Final = "SELECT api_id FROM apis WHERE slug = $1 FOR NO KEY UPDATE"
 
 
 @attrs.frozen
@@ -128,19 +115,15 @@ async def ensure_api(
     now: datetime,
 ) -> ApiId:
     """Return the API of this slug, with this base URL, these endpoints and these prices."""
-    await database.execute(_ADD_API, developer_id, slug, name, base_url, now)
-    api_id = ApiId(await database.fetch_value(_FIND_API, slug))
-    for endpoint in endpoints:
-        await database.execute(_ADD_ENDPOINT, api_id, endpoint.method, endpoint.path)
-        await set_price(database, api_id, endpoint, now)
+    offers = [EndpointOffer(each.method, each.path, (DatedPrice(each.amount, None),)) for each in endpoints]
+    async with database.transaction() as connection:
+        await connection.execute(_ADD_API, developer_id, slug, name, base_url, now)
+        api_id = ApiId(await connection.fetch_value(_LOCK_API, slug))
+        present = await apis.present_endpoints(connection, api_id, now)
+        await apis.put_endpoints(connection, api_id, offers, present, now)
     return api_id
 
 
-async def set_price(database: Database, api_id: ApiId, endpoint: PricedEndpoint, effective_from: datetime) -> None:
-    """Give an endpoint a new price from a date on; the price it has already is left as it is."""
-    await database.execute(_SET_PRICE, api_id, endpoint.method, endpoint.path, endpoint.amount, effective_from)
-
-
-async def set_api_status(database: Database, api_id: ApiId, status: str) -> None:
+async def set_api_status(database: Database, api_id: ApiId, status: Status, now: datetime) -> None:
     """Publish, pause or archive an API."""
-    await database.execute(_SET_STATUS, api_id, status)
+    await apis.set_status(database, api_id, status, now)

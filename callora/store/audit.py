@@ -48,7 +48,7 @@ _CHECKS: Final = (
         """,
     ),
     Check(
-        "every balance is deposits − withdrawals − captures + refunds",
+        "every balance is deposits + grants − withdrawals − captures + refunds",
         """
         SELECT count(*) AS wrong, min(vault_id::text) AS example FROM (
             SELECT v.vault_id FROM vaults v
@@ -83,10 +83,11 @@ _CHECKS: Final = (
         """,
     ),
     Check(
-        "a captured event names what was delivered",
+        "a captured event names what was delivered, or was deducted without a call",
         """
         SELECT count(*) AS wrong, min(event_id::text) AS example FROM usage_events
-        WHERE state = 'captured' AND (outcome IS DISTINCT FROM 'delivered' OR status IS NULL)
+        WHERE state = 'captured'
+              AND (outcome = 'delivered' AND status IS NOT NULL OR outcome = 'deducted' AND status IS NULL) IS NOT TRUE
         """,
     ),
     Check(

@@ -19,6 +19,7 @@ from callora.ledger.commands import (
     CloseHold,
     Deposit,
     ExtendHold,
+    Grant,
     IdempotencyClaim,
     LockedCommand,
     PlaceHold,
@@ -422,6 +423,8 @@ class VaultStore:
                     return await self._book(connection, row, "deposit", amount, ref, None)
                 case Withdraw(amount, ref):
                     return await self._book(connection, row, "withdrawal", Stroops(-amount), ref, None)
+                case Grant(amount, ref):
+                    return await self._book(connection, row, "grant", amount, ref, None)
                 case Refund(event_id, amount, ref):
                     return await self._refund(connection, row, event_id, amount, ref)
                 case ExtendHold():

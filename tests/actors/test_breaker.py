@@ -96,3 +96,41 @@ def test_whatever_calls_come_to_a_breaker_never_refuses_for_ever(ends: list[tupl
         if isinstance(admitted, Ticket):
             admitted.end(succeeded, now)
     assert isinstance(breaker.admit(now + SETTINGS.cooldown_seconds), Ticket)
+
+
+def test_an_operators_trip_opens_it_and_its_cooldown_admits_a_trial() -> None:
+    breaker = Breaker(SETTINGS)
+    before = ticket(breaker, 0.0)
+    breaker.trip(1.0)
+    assert (breaker.state, breaker.admit(2.0), breaker.remaining(2.0)) == ("open", 29.0, 29.0)
+    before.end(True, 2.0)
+    assert breaker.remaining(2.0) == 29.0
+    assert ticket(breaker, 31.0).trial
+
+
+def test_an_operators_reset_closes_it_and_forgets_every_failure() -> None:
+    breaker = opened()
+    breaker.reset()
+    assert (breaker.state, breaker.failures, breaker.remaining(0.0)) == ("closed", 0, 0.0)
+    for _ in range(SETTINGS.failures - 1):
+        ticket(breaker, 0.0).end(False, 0.0)
+    assert (breaker.state, breaker.failures) == ("closed", SETTINGS.failures - 1)
+
+
+def test_defect_39_a_trial_from_before_an_operator_stepped_in_neither_opens_closes_nor_wedges_it() -> None:
+    for succeeded in (True, False, None):
+        breaker = opened()
+        trial = ticket(breaker, 30.0)
+        breaker.reset()
+        trial.end(succeeded, 31.0)
+        assert breaker.state == "closed"
+        breaker.trip(40.0)
+        second = ticket(breaker, 70.0)
+        breaker.trip(71.0)
+        second.end(succeeded, 72.0)
+        assert (breaker.state, breaker.remaining(72.0)) == ("open", 29.0)
+        third = ticket(breaker, 101.0)
+        assert third.trial and not isinstance(breaker.admit(101.0), Ticket)
+        third.end(True, 101.0)
+        ticket(breaker, 101.0).end(True, 101.0)
+        assert breaker.state == "closed"

@@ -16,6 +16,7 @@ from callora.ledger.commands import (
     Command,
     Deposit,
     ExtendHold,
+    Grant,
     PlaceHold,
     Refund,
     SetStanding,
@@ -140,6 +141,8 @@ async def test_rare_commands_come_to_what_the_store_says(autojump_clock: MockClo
         assert await at.ask(ExtendHold(event(1), 5, Stroops(5))) == HoldExtended(Stroops(105))
         assert await at.ask(captured(1, 105)) == HoldClosed("captured", Stroops(105), Stroops(0))
         assert await at.ask(Refund(event(1), Stroops(5), "r")) == BalanceMoved(3, Stroops(5), repeated=False)
+        assert await at.ask(Grant(Stroops(7), "d")) == BalanceMoved(4, Stroops(12), repeated=False)
+        assert await at.ask(Grant(Stroops(7), "d")) == BalanceMoved(4, Stroops(12), repeated=True)
         assert await at.ask(SetStanding("suspended")) == StandingSet()
         assert await at.ask(place(2, 1)) == StandingRefused("suspended")
 

@@ -150,7 +150,7 @@ async def test_anybody_may_get_a_key_for_a_published_api_and_it_is_good_for_noth
         assert await it.outcome(made.body["key"]) == "200"
         assert await it.outcome(made.body["key"], "/v1/call/other/x") == "API_ACCESS_FORBIDDEN"
         for status in ("draft", "paused", "archived"):
-            await accounts.set_api_status(it.service.database, it.api_id, status)
+            await accounts.set_api_status(it.service.database, it.api_id, status, it.service.context.clock.now())
             told = await it.bob.ask("POST", f"/api/apis/{it.api_id}/keys", {})
             missing = await it.bob.ask("POST", "/api/apis/999999/keys", {})
             assert (told.status, told.code, told.body["message"]) == (404, "NOT_FOUND", missing.body["message"])
@@ -330,7 +330,7 @@ async def test_a_key_keeps_an_api_that_was_withdrawn_and_takes_no_new_one_of_tha
         made = await it.key(allowedApis=[it.api_id])
         path = f"/api/keys/{id_of(made)}"
         for api_id in (it.api_id, other):
-            await accounts.set_api_status(it.service.database, api_id, "paused")
+            await accounts.set_api_status(it.service.database, api_id, "paused", it.service.context.clock.now())
         assert (await it.ada.ask("PATCH", path, {"allowedApis": [it.api_id]})).status == 200
         assert (await it.ada.ask("PATCH", path, {"allowedApis": [it.api_id, other]})).wrong == ["body.allowedApis[1]"]
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -273,6 +274,22 @@ def test_the_document_shows_what_is_validated() -> None:
         shown = document["paths"][operation.path][operation.method.lower()]["responses"]
         listed = {code for answer in shown.values() for code in answer["description"].split(", ")}
         assert set(implied_problems(operation)) <= listed
+
+
+def test_no_route_is_missing_from_the_document() -> None:
+    made = house()
+    document = make_document(made.operations, version="1")
+    declared = {
+        (re.sub(r"\{(\w+)\}", r"<\1>", path), method.upper())
+        for path, item in document["paths"].items()
+        for method in item
+    }
+    routed = {
+        (rule.rule, method)
+        for rule in made.app.url_map.iter_rules()
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+    }
+    assert routed == declared
 
 
 def test_a_declaration_whose_parameters_have_no_form_is_refused() -> None:

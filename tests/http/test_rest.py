@@ -73,7 +73,7 @@ DOORS = Doors(
         people=People(nobody, never_alive),
         clock=FixedClock(),
     ),
-    admit=lambda _path, _caller: None,
+    admit=lambda _method, _path, _caller: None,
     audit=not_audited,
 )
 

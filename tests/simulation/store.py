@@ -17,6 +17,7 @@ from callora.ledger.commands import (
     CloseHold,
     Deposit,
     ExtendHold,
+    Grant,
     LockedCommand,
     PlaceHold,
     Refund,
@@ -237,6 +238,8 @@ class Tables:
                 return self._book(vault_id, row, "deposit", amount, ref, None)
             case Withdraw(amount, ref):
                 return self._book(vault_id, row, "withdrawal", -amount, ref, None)
+            case Grant(amount, ref):
+                return self._book(vault_id, row, "grant", amount, ref, None)
             case Refund(event_id, amount, ref):
                 if not any(entry.kind == "refund" and entry.ref == ref for entry in self.entries[vault_id]):
                     event = self.events.get(event_id)

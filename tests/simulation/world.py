@@ -27,6 +27,7 @@ from callora.ledger.commands import (
     Delivery,
     Deposit,
     ExtendHold,
+    Grant,
     IdempotencyClaim,
     PlaceHold,
     Refund,
@@ -197,7 +198,7 @@ class Auditor:
                 known = any(each[1] == standing for each in self._seen(sent))
                 self.expects(known and row is None, sent, "a refusal for standing names a stored standing")
             case BalanceMoved(seq):
-                assert isinstance(command, Deposit | Withdraw | Refund)
+                assert isinstance(command, Deposit | Withdraw | Refund | Grant)
                 found = [each for each in self.tables.entries[sent.vault_id] if each.ref == command.ref]
                 self.expects([each.seq for each in found] == [seq], sent, "an entry is booked once")
             case (
@@ -263,7 +264,7 @@ class Auditor:
                 row = tables.events.get(sent.command.event_id)
                 stored = row is not None and row.outcome == sent.command.delivery.outcome
                 self.expects(not stored or row is None or row.state != sent.command.state, sent, "what failed did not")
-            elif isinstance(sent.command, Deposit | Withdraw):
+            elif isinstance(sent.command, Deposit | Withdraw | Grant):
                 booked = any(each.ref == sent.command.ref for each in tables.entries[sent.vault_id])
                 self.expects(
                     not booked or sent.command.ref in self.repeated, sent, "what is refused is not booked, ever"
@@ -525,11 +526,12 @@ class World:
             call.delivered = True
 
     async def _move(self, process: Process, vault_id: VaultId) -> None:
-        """A deposit or withdrawal, repeated under its reference until it is known."""
+        """A deposit, grant or withdrawal, repeated under its reference until it is known."""
         self.busy += 1
         try:
             amount, ref = Stroops(self.random.randint(1, 120)), f"ref-{self.number()}"
-            command = Deposit(amount, ref) if self.random.random() < 0.6 else Withdraw(amount, ref)
+            make = self.random.choice((Deposit, Deposit, Grant, Withdraw, Withdraw))
+            command: Deposit | Grant | Withdraw = make(amount, ref)
             while isinstance(await process.ask(vault_id, command), OutcomeUnknown):
                 await trio.sleep(0.5)
                 self.auditor.repeated.add(ref)

@@ -6,6 +6,7 @@ import pytest
 
 from callora.ledger.commands import (
     Delivery,
+    Grant,
     IdempotencyClaim,
     PlaceHold,
     Refund,
@@ -23,14 +24,16 @@ from tests.simulation.support import CHARGED, DELIVERED
 PLANTED = {
     "no vault has a negative balance": "UPDATE vaults SET available = -1",
     "what a vault holds is the sum of its open holds": "UPDATE vaults SET held = held + 1, available = available - 1",
-    "every balance is deposits − withdrawals − captures + refunds": "UPDATE vaults SET available = available + 1",
+    "every balance is deposits + grants − withdrawals − captures + refunds": "UPDATE vaults"
+    " SET available = available + 1",
     "no hold outlives its time": "UPDATE usage_events SET expires_at = created_at - interval '1 hour'"
     " WHERE state = 'held'",
     "every usage event belongs to a vault": "UPDATE usage_events SET vault_id = gen_random_uuid()"
     " WHERE state = 'released'",
     "a closed event keeps to what it held, and has an amount exactly when it is captured": "UPDATE usage_events"
     " SET amount = held_amount + 1 WHERE state = 'captured'",
-    "a captured event names what was delivered": "UPDATE usage_events SET status = NULL WHERE state = 'captured'",
+    "a captured event names what was delivered, or was deducted without a call": "UPDATE usage_events"
+    " SET status = NULL WHERE state = 'captured'",
     "no event is refunded beyond its capture": "UPDATE ledger_entries SET amount = 1000 WHERE kind = 'refund'",
     "a vault's entries are numbered without a gap up to its counter": "UPDATE ledger_entries SET seq = 7 WHERE seq = 2",
     "an answered idempotency key belongs to a closed event and names its charge": "UPDATE idempotency_keys"
@@ -62,6 +65,7 @@ async def ledger(database: Database) -> AsyncIterator[RealLedger]:
             await opened.store.commit_round([await opened.share(vault_id, close)])
         await opened.locked(vault_id, Refund(spent, Stroops(20), "r"))
         await opened.locked(vault_id, Withdraw(Stroops(5), "w"))
+        await opened.locked(vault_id, Grant(Stroops(7), "g"))
         yield opened
 
 

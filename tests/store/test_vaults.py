@@ -16,6 +16,7 @@ from callora.ledger.commands import (
     Delivery,
     Deposit,
     ExtendHold,
+    Grant,
     IdempotencyClaim,
     PlaceHold,
     Refund,
@@ -415,7 +416,10 @@ async def test_movements_are_booked_once_under_their_reference(ledger: RealLedge
     for repeated in (False, True):
         moved = await ledger.locked(vault_id, Withdraw(Stroops(30), "w"))
         assert moved == BalanceMoved(3, Stroops(120), repeated)
-    assert await ledger.count("ledger_entries") == 3
+    for repeated in (False, True):
+        moved = await ledger.locked(vault_id, Grant(Stroops(7), "g"))
+        assert moved == BalanceMoved(4, Stroops(127), repeated)
+    assert await ledger.count("ledger_entries") == 4
 
 
 async def test_the_same_reference_names_another_movement_of_another_kind_or_vault(ledger: RealLedger) -> None:
@@ -423,6 +427,7 @@ async def test_the_same_reference_names_another_movement_of_another_kind_or_vaul
     for each, command in (
         (vault_id, Deposit(Stroops(1), "x")),
         (vault_id, Withdraw(Stroops(1), "x")),
+        (vault_id, Grant(Stroops(1), "x")),
         (other, Deposit(Stroops(1), "x")),
     ):
         moved = await ledger.locked(each, command)
@@ -438,7 +443,12 @@ async def test_a_withdrawal_never_touches_what_is_held(ledger: RealLedger) -> No
 
 async def test_an_amount_of_the_wrong_sign_is_refused_by_the_database(ledger: RealLedger) -> None:
     vault_id = await ledger.vault(100)
-    for command in (Deposit(Stroops(-5), "a"), Deposit(Stroops(0), "b"), Withdraw(Stroops(-5), "c")):
+    for command in (
+        Deposit(Stroops(-5), "a"),
+        Deposit(Stroops(0), "b"),
+        Withdraw(Stroops(-5), "c"),
+        Grant(Stroops(0), "d"),
+    ):
         with pytest.raises(StoreRefused):
             await ledger.locked(vault_id, command)
     assert await ledger.balance(vault_id) == (100, 0)

@@ -28,6 +28,7 @@ GENEROUS: Mapping[str, str] = {
     "UPSTREAM_HOST_ALLOWLIST": "127.0.0.1/32",
     "GATEWAY_RATE_LIMIT_MAX_REQUESTS": "1000000",
     "KEY_MAX_CONCURRENCY_PER_KEY": "10000",
+    "LOGIN_RATE_LIMIT_MAX_REQUESTS": "1000000",
     "LOG_LEVEL": "warning",
 }
 """Limits out of the way of tests that are about something else."""

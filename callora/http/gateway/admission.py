@@ -265,15 +265,19 @@ class Admission:
         Raises:
             Refused: UPSTREAM_UNAVAILABLE.
         """
+        ticket = (self._breakers.get(api_id) or self.breaker(api_id)).admit(now)
+        if isinstance(ticket, Ticket):
+            return ticket
+        raise Refused("UPSTREAM_UNAVAILABLE", retry_seconds=ticket)
+
+    def breaker(self, api_id: ApiId) -> Breaker:
+        """Return the API's breaker in this process, made where there is none."""
         breaker = self._breakers.get(api_id)
         if breaker is None:
             if len(self._breakers) >= BREAKERS_MAX:
                 self._breakers = {known: each for known, each in self._breakers.items() if each.state != "closed"}
             breaker = self._breakers[api_id] = Breaker(self._breaker_settings)
-        ticket = breaker.admit(now)
-        if isinstance(ticket, Ticket):
-            return ticket
-        raise Refused("UPSTREAM_UNAVAILABLE", retry_seconds=ticket)
+        return breaker
 
     def breaker_states(self) -> Mapping[ApiId, Breaker]:
         """Return every breaker that has been asked, for the metrics."""

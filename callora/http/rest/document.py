@@ -8,7 +8,7 @@ from pydantic.json_schema import models_json_schema
 
 from callora.http.problems import PROBLEMS
 from callora.http.rest.forms import Form
-from callora.http.rest.operations import Access, Operation, Text
+from callora.http.rest.operations import URLENCODED, Access, Operation, Text
 
 ALIAS_OF: Final = "x-alias-of"
 """Names the path that an operation is a second name of."""
@@ -152,7 +152,10 @@ def _operation(operation: Operation, schema_of: Any, properties_of: Any) -> dict
     if operation.body_form is not None:
         made["requestBody"] = {
             "required": True,
-            "content": {"application/json": {"schema": schema_of(operation.body_form, "validation")}},
+            "content": {
+                media_type: {"schema": schema_of(operation.body_form, "validation")}
+                for media_type in ("application/json", *((URLENCODED,) if operation.urlencoded else ()))
+            },
         }
     return made
 

@@ -9,7 +9,7 @@ import binascii
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, date, datetime, time
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Annotated, Any, Final, TypeVar
 
 import attrs
@@ -188,6 +188,38 @@ def decode_cursor(cursor: str | None, *kinds: type) -> tuple[Any, ...] | None:
     except (ValueError, TypeError, binascii.Error, RecursionError):
         raise invalid("query.cursor", "must be meta.nextCursor of an earlier page", "INVALID_VALUE")
     return tuple(position)
+
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+
+def microseconds(moment: datetime) -> int:
+    """Return a moment as a cursor holds it, exactly."""
+    return (moment - _EPOCH) // _MICROSECOND
+
+
+def moment_of(position: int) -> datetime:
+    """Return the moment that a cursor's number names.
+
+    Raises:
+        ProblemRaised: VALIDATION_ERROR for `query.cursor`.
+    """
+    try:
+        return _EPOCH + position * _MICROSECOND
+    except OverflowError:
+        raise invalid("query.cursor", "must be meta.nextCursor of an earlier page", "INVALID_VALUE") from None
+
+
+def read_uuid(position: str) -> str:
+    """Return the id that a cursor holds.
+
+    Raises:
+        ProblemRaised: VALIDATION_ERROR for `query.cursor`.
+    """
+    if _UUID.fullmatch(position) is None:
+        raise invalid("query.cursor", "must be meta.nextCursor of an earlier page", "INVALID_VALUE")
+    return position
 
 
 @attrs.frozen

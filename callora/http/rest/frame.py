@@ -25,6 +25,8 @@ EXCHANGE: Final = "callora.exchange"
 """The key of the `Exchange` in a request's ASGI scope."""
 
 UNKNOWN_ROUTE: Final = "_unknown"
+_ANY_ORIGIN: Final = frozenset(("/.well-known/stellar.toml", "/auth"))
+"""Paths that every site's wallet must be able to use, errors included: SEP-1 and SEP-10. They take no credentials."""
 
 _LAST_SEND_SECONDS_MAX: Final = 2
 _REFUSAL_SECONDS_MAX: Final = 5
@@ -48,8 +50,8 @@ _PREFLIGHT_HEADERS: Final = (
 )
 _EXPOSED_HEADERS: Final = (
     b"access-control-expose-headers",
-    b"Retry-After, X-Callora-Balance, X-Callora-Charge, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, "
-    b"X-Request-Id",
+    b"Idempotent-Replayed, Retry-After, X-Callora-Balance, X-Callora-Charge, X-RateLimit-Limit, X-RateLimit-Remaining, "
+    b"X-RateLimit-Reset, X-Request-Id",
 )
 
 
@@ -67,12 +69,18 @@ class Exchange:
     """The Origin header."""
     body_bytes_max: int
     """The largest request body taken."""
+    any_origin: bool = False
+    """Whether browsers of every origin may read the answer."""
     route: str = UNKNOWN_ROUTE
     """The template of the route that matched."""
     status: int = 0
     """The status sent, 0 before."""
     body_bytes: int = 0
     """Request body bytes received."""
+    audit_target: str | None = None
+    """What an operator's request is about, where the path does not say it."""
+    audit_details: dict[str, str] = attrs.field(factory=dict)
+    """What the audit notes besides the path's parameters; never a secret."""
     body_exceeded: bool = False
     """Whether the body went past its limit; the app was then told that the client had left."""
 
@@ -163,13 +171,15 @@ class Frame:
             client=client,
             origin=_header(scope, b"origin"),
             body_bytes_max=self._larger_bodies.get(scope["path"], self._body_limit),
+            any_origin=scope["path"] in _ANY_ORIGIN,
         )
         scope[EXCHANGE] = exchange
         return exchange
 
     async def _run(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         if exchange.method == "OPTIONS" and _header(scope, b"access-control-request-method") is not None:
-            await self._answer(receive, send, 204, _PREFLIGHT_HEADERS if self._allowed(exchange) else (), b"")
+            allowed = exchange.any_origin or self._allowed(exchange)
+            await self._answer(receive, send, 204, _PREFLIGHT_HEADERS if allowed else (), b"")
             return
         length = _header(scope, b"content-length")
         if length is not None and length.isdigit() and int(length) > exchange.body_bytes_max:
@@ -218,6 +228,9 @@ class Frame:
         kept = [(bytes(name), bytes(value)) for name, value in headers]
         names = {name.lower() for name, _ in kept}
         made = [(b"x-request-id", exchange.request_id.encode("ascii")), *self._headers]
+        if exchange.any_origin:
+            made += ((b"access-control-allow-origin", b"*"), _EXPOSED_HEADERS)
+            return [*kept, *((name, value) for name, value in made if name not in names)]
         if self._origins:
             made.append((b"vary", b"Origin"))
         if self._allowed(exchange):

@@ -10,7 +10,7 @@ import hmac
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from ipaddress import IPv4Network, IPv6Network, ip_address
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeGuard
 
 import attrs
 import jwt
@@ -26,6 +26,8 @@ ACCESS_SECONDS: Final = 900
 SUBJECT_CHARS_MAX: Final = 255
 _CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
 _SCHEME: Final = "bearer"
+_TIME_MAX: Final = 1e12
+"""About 30 000 years."""
 
 
 @attrs.frozen
@@ -96,9 +98,14 @@ def require_token(header: str | None, expected: SecretStr | None) -> None:
 
 
 def mint_access_token(
-    settings: TokenSettings, clock: Clock, user_id: UserId, session_id: str, wallet_address: str | None
+    settings: TokenSettings,
+    clock: Clock,
+    user_id: UserId,
+    session_id: str,
+    wallet_address: str | None,
+    seconds: int = ACCESS_SECONDS,
 ) -> str:
-    """Return an access token of ours for a session, good for ACCESS_SECONDS."""
+    """Return an access token of ours for a session, good for this long or until the session ends."""
     now = clock.now()
     claims: dict[str, Any] = {
         "sub": user_id,
@@ -106,7 +113,7 @@ def mint_access_token(
         "sid": session_id,
         "type": "access",
         "iat": int(now.timestamp()),
-        "exp": int((now + timedelta(seconds=ACCESS_SECONDS)).timestamp()),
+        "exp": int((now + timedelta(seconds=seconds)).timestamp()),
     }
     if wallet_address is not None:
         claims["walletAddress"] = wallet_address
@@ -156,10 +163,12 @@ class Authenticator:
 
     async def optional(self, headers: Headers) -> Identity | None:
         """Return the person who asks, None where no credentials were sent; wrong ones are refused all the same."""
-        authorization = headers.get("Authorization")
-        if authorization is None:
+        authorizations = headers.getlist("Authorization")
+        if not authorizations:
             return await self._named(headers.get("X-User-Id"))
-        return await self._bearer(authorization)
+        if len(authorizations) > 1:
+            raise _unauthorized("INVALID_AUTH_HEADER", "Authorization was sent more than once")
+        return await self._bearer(authorizations[0])
 
     async def admin(self, headers: Headers, client: str) -> Identity:
         """Return the operator who asks: from an allowed address, with the admin key, else with an admin's token.
@@ -185,6 +194,8 @@ class Authenticator:
             address = ip_address(client)
         except ValueError:
             return False
+        # How a socket for both families shows an IPv4 client
+        address = getattr(address, "ipv4_mapped", None) or address
         return any(address in network for network in self._admin_networks)
 
     async def _named(self, subject: str | None) -> Identity | None:
@@ -206,7 +217,7 @@ class Authenticator:
         if claims.get("type", "access") != "access":
             raise _unauthorized("INVALID_TOKEN", "This is no access token")
         subject = claims.get("userId", claims.get("sub"))
-        if not isinstance(subject, str) or not subject.strip() or len(subject) > SUBJECT_CHARS_MAX or "\0" in subject:
+        if not _is_subject(subject):
             raise _unauthorized("MISSING_CLAIMS", "The token names no user: `userId` or `sub`")
         session_id = claims.get("sid")
         if session_id is None:
@@ -249,13 +260,25 @@ class Authenticator:
             raise _unauthorized("INVALID_TOKEN", "The access token is not valid") from None
         now = self._clock.now().timestamp()
         expires, not_before = claims["exp"], claims.get("nbf", 0)
-        if not isinstance(expires, int | float) or not isinstance(not_before, int | float):
-            raise _unauthorized("INVALID_TOKEN", "The access token's times are not numbers")
-        if not expires > now:  # which NaN is not either
+        if not _is_time(expires) or not _is_time(not_before):
+            raise _unauthorized("INVALID_TOKEN", "The access token's times are not seconds since 1970")
+        if expires <= now:
             raise _unauthorized("TOKEN_EXPIRED", "The access token has expired; refresh it")
-        if not not_before <= now:
+        if not_before > now:
             raise _unauthorized("TOKEN_NOT_ACTIVE", "The access token is not active yet")
         return claims
+
+
+def _is_time(value: object) -> TypeGuard[int | float]:
+    """Tell whether a claim is a moment. NaN, infinity and what no clock will show are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TIME_MAX
+
+
+def _is_subject(value: object) -> TypeGuard[str]:
+    """Tell whether a claim names someone: a text that PostgreSQL can hold."""
+    if not isinstance(value, str) or not value.strip() or len(value) > SUBJECT_CHARS_MAX:
+        return False
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _unauthorized(code: str, message: str) -> ProblemRaised:

@@ -23,6 +23,8 @@ class PaceRule:
     prefixes: tuple[str, ...]
     requests_max: int
     window_seconds: float
+    methods: frozenset[str] | None = None
+    """The methods that count; None for all."""
 
 
 class RestLimiter:
@@ -30,22 +32,23 @@ class RestLimiter:
 
     def __init__(self, rules: Sequence[PaceRule]) -> None:
         """Args:
-        rules: the first with a fitting prefix counts; a path that fits none is not limited.
+        rules: the first with a fitting prefix and method counts; a request that fits none is not limited.
         """
         self._rules = tuple(rules)
         self._logs: dict[str, dict[str, SlidingLog]] = {rule.name: {} for rule in rules}
 
-    def admit(self, path: str, caller: str) -> None:
+    def admit(self, method: str, path: str, caller: str) -> None:
         """Take one request from the caller's limit.
 
         Args:
-            path: an operation's template.
+            method: an operation's.
+            path: its template.
             caller: `user:…` or `ip:…`.
 
         Raises:
             ProblemRaised: TOO_MANY_REQUESTS, which takes nothing.
         """
-        rule = next((each for each in self._rules if path.startswith(each.prefixes)), None)
+        rule = next((each for each in self._rules if _fits(each, method, path)), None)
         if rule is None:
             return
         now = trio.current_time()
@@ -74,3 +77,7 @@ class RestLimiter:
                 for caller, log in tuple(logs.items()):
                     if log.is_empty(now):
                         del logs[caller]
+
+
+def _fits(rule: PaceRule, method: str, path: str) -> bool:
+    return path.startswith(rule.prefixes) and (rule.methods is None or method in rule.methods)

@@ -11,14 +11,18 @@ from enum import Enum
 from typing import Any, Final, Generic, TypeVar, cast
 
 import attrs
+import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.datastructures import Headers, MultiDict
 
+from callora.actors.intents import EXIT_SECONDS_MAX, Intents, KeptAnswer
 from callora.http.problems import CONTENT_TYPE, ProblemRaised
 from callora.http.rest.forms import Form, read_body, read_texts
 from callora.http.rest.frame import EXCHANGE, Exchange
+from callora.http.rest.idempotency import REPLAYED, begin, fingerprint, presented_key
 from callora.http.rest.identity import Authenticator, Identity
+from callora.ledger.faults import OutcomeUnknown, StoreUnavailable
 
 P = TypeVar("P", bound=Form)
 Q = TypeVar("Q", bound=Form)
@@ -51,6 +55,8 @@ class Ask(Generic[P, Q, B]):
     """None where the operation is public."""
     headers: Headers
     exchange: Exchange
+    idempotency_key: str | None = None
+    """The client's name for the intent, where the operation takes one and it was sent."""
 
     @property
     def user_id(self) -> str:
@@ -67,6 +73,8 @@ class Answer:
     body: Form | bytes | AsyncIterator[bytes] | None = None
     status: int = 200
     headers: Mapping[str, str] = attrs.field(factory=dict)
+    keep: bool = True
+    """False: a repetition under the same Idempotency-Key is carried out again, since not everything was done."""
 
 
 @attrs.frozen
@@ -101,14 +109,18 @@ class Operation:
     etag: bool
     """Whether a GET's answer carries an ETag and honours If-None-Match."""
     idempotency_key: str
-    """`none`, `optional` or `required`: what the operation does with an Idempotency-Key."""
+    """`none`, `optional` or `required`: what the operation does with an Idempotency-Key. Its success is kept as it was
+    given, so it must hold no secret; and what it does must repeat safely, since a process may die before it is kept."""
     body_bytes_max: int | None
     """Where the operation takes a larger body than REQUEST_BODY_LIMIT."""
+    urlencoded: bool
+    """Whether the body may be an HTML form's as well; only for bodies that are texts."""
     alias_of: str | None
     """The canonical path of a second name."""
     handler: Handler
 
 
+URLENCODED: Final = "application/x-www-form-urlencoded"
 _PARAMETER: Final = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -133,6 +145,7 @@ class Routes:
         etag: bool = False,
         idempotency_key: str = "none",
         body_bytes_max: int | None = None,
+        urlencoded: bool = False,
         aliases: Sequence[str] = (),
     ) -> Callable[[Handler], Handler]:
         """Declare an operation; its handler's name is its id, the first line of its docstring its summary."""
@@ -141,6 +154,9 @@ class Routes:
             summary, _, rest = (handler.__doc__ or "").strip().partition("\n")
             name = getattr(handler, "__name__", "")
             assert summary, f"{name} needs a docstring"
+            if idempotency_key != "none":
+                assert access is not Access.PUBLIC, f"{name}: a key belongs to who asks"
+                assert not any(isinstance(each, Text) for each in answers.values()), f"{name}: only JSON is kept"
             for number, each in enumerate((path, *aliases)):
                 assert set(_PARAMETER.findall(each)) == set(path_form.model_fields), f"{each}: parameters and form"
                 self.operations.append(
@@ -160,6 +176,7 @@ class Routes:
                         etag=etag,
                         idempotency_key=idempotency_key,
                         body_bytes_max=body_bytes_max,
+                        urlencoded=urlencoded,
                         alias_of=path if number else None,
                         handler=handler,
                     )
@@ -169,8 +186,8 @@ class Routes:
         return declare
 
 
-Admit = Callable[[str, str], None]
-"""Takes a request of a path by someone (`user:…` or `ip:…`) from his rate limit, or raises TOO_MANY_REQUESTS."""
+Admit = Callable[[str, str, str], None]
+"""Takes a method and path's request by someone (`user:…`, `ip:…`) from his rate limit, or raises TOO_MANY_REQUESTS."""
 Audit = Callable[[Identity | None, Operation, Exchange, int, Mapping[str, str]], Awaitable[None]]
 """Writes a line of the audit: who, what, from where, with which status, and the path's parameters."""
 
@@ -182,6 +199,8 @@ class Doors:
     authenticator: Authenticator
     admit: Admit
     audit: Audit
+    intents: Intents | None = None
+    """Needed where any operation takes an Idempotency-Key."""
 
 
 def bind(app: QuartTrio, operations: Sequence[Operation], doors: Doors) -> None:
@@ -206,10 +225,11 @@ def _view(operation: Operation, doors: Doors) -> Callable[..., Awaitable[Respons
             try:
                 identity = await doors.authenticator.user(request.headers)
             except ProblemRaised:
-                doors.admit(operation.path, f"ip:{exchange.client}")
+                doors.admit(operation.method, operation.path, f"ip:{exchange.client}")
                 raise
-        doors.admit(operation.path, f"user:{identity.user_id}" if identity is not None else f"ip:{exchange.client}")
-        return _respond(operation, await _handle(operation, identity, exchange, parameters))
+        caller = f"user:{identity.user_id}" if identity is not None else f"ip:{exchange.client}"
+        doors.admit(operation.method, operation.path, caller)
+        return await _carry_out(operation, doors, await _read(operation, identity, exchange, parameters))
 
     return view
 
@@ -219,33 +239,69 @@ async def _audited(operation: Operation, doors: Doors, exchange: Exchange, param
     identity: Identity | None = None
     status = 500
     try:
-        doors.admit(operation.path, f"ip:{exchange.client}")
+        doors.admit(operation.method, operation.path, f"ip:{exchange.client}")
         identity = await doors.authenticator.admin(request.headers, exchange.client)
-        response = _respond(operation, await _handle(operation, identity, exchange, parameters))
+        response = await _carry_out(operation, doors, await _read(operation, identity, exchange, parameters))
         status = response.status_code
         return response
     except ProblemRaised as problem:
         status = problem.problem.status
         raise
+    except StoreUnavailable:
+        status = 503
+        raise
+    except OutcomeUnknown:
+        status = 504
+        raise
     finally:
-        await doors.audit(identity, operation, exchange, status, parameters)
+        await doors.audit(identity, operation, exchange, status, parameters)  # noqa: ASYNC102 - shields itself
 
 
-async def _handle(
+async def _read(
     operation: Operation, identity: Identity | None, exchange: Exchange, parameters: Mapping[str, str]
-) -> Answer:
+) -> Ask[Any, Any, Any]:
+    """Return what is asked, or raise everything that is wrong with it."""
     path, wrong_path = read_texts(operation.path_form, "path", MultiDict(parameters))
     query, wrong_query = read_texts(operation.query_form, "query", request.args)
     body: Form | None = None
     wrong_body: list[dict[str, str]] = []
     if operation.body_form is not None:
-        if request.mimetype != CONTENT_TYPE:
+        if operation.urlencoded and request.mimetype == URLENCODED:
+            body, wrong_body = read_texts(operation.body_form, "body", await request.form)
+        elif request.mimetype == CONTENT_TYPE:
+            body, wrong_body = read_body(operation.body_form, cast(bytes, await request.get_data(as_text=False)))
+        else:
             raise ProblemRaised("UNSUPPORTED_MEDIA_TYPE", "Send the body as application/json")
-        body, wrong_body = read_body(operation.body_form, cast(bytes, await request.get_data(as_text=False)))
     wrong = [*wrong_path, *wrong_query, *wrong_body]
     if wrong:
         raise ProblemRaised("VALIDATION_ERROR", details=wrong)
-    return await operation.handler(Ask(path, query, body, identity, request.headers, exchange))
+    key = None
+    if operation.idempotency_key != "none":
+        key = presented_key(request.headers, body, required=operation.idempotency_key == "required")
+    return Ask(path, query, body, identity, request.headers, exchange, key)
+
+
+async def _carry_out(operation: Operation, doors: Doors, ask: Ask[Any, Any, Any]) -> Response:
+    """Do what is asked: once for an Idempotency-Key, and then the same answer again."""
+    if ask.idempotency_key is None:
+        return _respond(operation, await operation.handler(ask))
+    assert doors.intents is not None
+    assert ask.identity is not None, "nobody's key"
+    same = fingerprint(request.method, request.full_path, ask.body)
+    begun = await begin(doors.intents, ask.identity.actor, ask.idempotency_key, same)
+    if isinstance(begun, KeptAnswer):
+        return Response(begun.body, begun.status, {**begun.headers, **REPLAYED}, content_type=CONTENT_TYPE)
+    kept: KeptAnswer | None = None
+    try:
+        answer = await operation.handler(ask)
+        response = _respond(operation, answer)
+        if answer.keep:
+            kept = KeptAnswer(response.status_code, answer.headers, await response.get_data(as_text=False))
+        return response
+    finally:
+        # Also when who asked has gone: what was done is done, and what was not is free to be done at once.
+        with trio.move_on_after(EXIT_SECONDS_MAX, shield=True):
+            await (doors.intents.forget(begun) if kept is None else doors.intents.keep(begun, kept))
 
 
 def _respond(operation: Operation, answer: Answer) -> Response:

@@ -42,14 +42,20 @@ WHERE t.token_id = $1 AND t.api_key_id = $2
 """
 
 _API: Final = """
-SELECT api_id, slug, developer_id, base_url, status = 'active' AS active, upstream_headers::text AS upstream_headers
+SELECT api_id, slug, developer_id, base_url, status = 'active' AND deleted_at IS NULL AS active,
+       upstream_headers::text AS upstream_headers
 FROM apis WHERE slug = $1 OR api_id = $2
 """
 
+# Of an endpoint's versions, those ahead and those in effect at any time of the last day, whatever the clocks say: the
+# past is not the gateway's business, and grows.
 _ENDPOINTS: Final = """
 SELECT e.endpoint_id, e.method, e.path, e.billable_statuses, e.required_scope, p.version, p.amount, p.effective_from
-FROM api_endpoints e JOIN endpoint_prices p ON p.endpoint_id = e.endpoint_id
-WHERE e.api_id = $1
+FROM api_endpoints e CROSS JOIN LATERAL (
+    SELECT v.version, v.amount, v.effective_from,
+           lead(v.effective_from) OVER (ORDER BY v.effective_from, v.version) AS replaced_at
+    FROM endpoint_prices v WHERE v.endpoint_id = e.endpoint_id) AS p
+WHERE e.api_id = $1 AND e.retired_at IS NULL AND (p.replaced_at IS NULL OR p.replaced_at > now() - interval '1 day')
 ORDER BY e.endpoint_id, p.effective_from, p.version
 """
 

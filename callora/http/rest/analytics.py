@@ -1,0 +1,335 @@
+"""Usage of those who sell, and of everyone: a developer's revenue and analytics, what operators see."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field
+
+from callora.http.problems import ProblemRaised
+from callora.http.rest.forms import (
+    ApiNumber,
+    Flag,
+    Form,
+    Instant,
+    InstantOut,
+    Limit,
+    PageMeta,
+    PageQuery,
+    UsdcOut,
+    Uuid,
+    Whole,
+    decode_cursor,
+    usdc,
+)
+from callora.http.rest.operations import Access, Answer, Ask, Routes
+from callora.http.rest.periods import (
+    AS_OF,
+    REVENUE,
+    Bucket,
+    EndpointRef,
+    GroupBy,
+    Period,
+    PeriodQuery,
+    endpoint_of,
+    filled,
+    net,
+    span_of,
+)
+from callora.http.rest.usage import MONTH, UsageReads
+from callora.http.rest.usage_forms import Stats, stats_of
+from callora.ledger.clock import Clock
+from callora.ledger.ids import ApiId, DeveloperId, UserId
+from callora.store.reads import usage as reads
+
+TOP: Final = 10
+"""Endpoints and users that analytics name."""
+LAST4: Final = 4
+
+# --- forms ------------------------------------------------------------------------------------------------------------
+
+
+class AnalyticsQuery(Form):
+    """What of a developer's calls."""
+
+    from_: Instant = Field(alias="from", description="Taken down to the first instant of its day in UTC.")
+    to: Instant = Field(description="Not part of the period; taken up to a whole day, and to today at most.")
+    groupBy: Literal["day", "week", "month"] = "day"
+    apiId: ApiNumber | None = Field(default=None, description="Only calls of this API of yours.")
+    includeTop: Flag = Field(default=False, description="Whether the top endpoints and users are named.")
+
+
+class TopEndpoint(Form):
+    """An endpoint that earned much."""
+
+    apiId: int
+    slug: str | None
+    endpoint: EndpointRef
+    calls: int
+    revenue: UsdcOut = Field(description=REVENUE)
+
+
+class TopCaller(Form):
+    """A user who paid much."""
+
+    user: str = Field(description="`user_` and the last four characters of an id: enough to tell them apart.")
+    calls: int
+    revenue: UsdcOut = Field(description=REVENUE)
+
+
+class AnalyticsReport(Form):
+    """A developer's calls and revenue by time."""
+
+    data: list[Bucket]
+    topEndpoints: list[TopEndpoint] | None = Field(description="Null unless includeTop.")
+    topUsers: list[TopCaller] | None = Field(description="Null unless includeTop.")
+    period: Period
+    asOf: InstantOut | None = Field(description=AS_OF)
+
+
+class Settlement(Form):
+    """A payment to a developer."""
+
+    id: str
+    amount: UsdcOut
+    status: str
+    tx_hash: str | None
+    created_at: InstantOut
+
+
+class RevenueSummary(Form):
+    """What a developer has earned."""
+
+    total_earned: UsdcOut = Field(description="Everything charged for calls of his APIs, less refunds.")
+    pending: UsdcOut = Field(description="On its way to him.")
+    available_to_withdraw: UsdcOut
+
+
+class RevenueReport(Form):
+    """A developer's settlements, the newest first, and what he has earned."""
+
+    settlements: list[Settlement]
+    summary: RevenueSummary
+    pagination: PageMeta
+    asOf: InstantOut | None = Field(description=AS_OF)
+
+
+class UserPath(Form):
+    """A user."""
+
+    userId: Uuid
+
+
+class UserUsage(Form):
+    """What a user spent."""
+
+    userId: Uuid
+    stats: Stats
+    period: Period
+    asOf: InstantOut | None = Field(description=AS_OF)
+
+
+class UserUsageQuery(PeriodQuery):
+    """A period and its buckets."""
+
+    groupBy: GroupBy = "day"
+
+
+class LatestQuery(Form):
+    """The latest days."""
+
+    days: Annotated[int, Field(ge=1, le=366), Whole] = Field(default=30, description="Days in UTC, today among them.")
+
+
+class TopUsersQuery(LatestQuery):
+    """The latest days, and how many users."""
+
+    limit: Limit = 20
+
+
+class EveryonesUsage(Form):
+    """What everyone did."""
+
+    days: int
+    totalCalls: int
+    failedCalls: int
+    totalRevenue: UsdcOut = Field(description=REVENUE)
+    refunded_usdc: UsdcOut
+    buckets: list[Bucket]
+    asOf: InstantOut | None = Field(description=AS_OF)
+
+
+class TopUser(Form):
+    """A user who spent much."""
+
+    userId: Uuid
+    name: str
+    calls: int
+    failedCalls: int
+    spent_usdc: UsdcOut = Field(description=REVENUE)
+
+
+class TopUsers(Form):
+    """Users by what they spent."""
+
+    days: int
+    data: list[TopUser]
+    asOf: InstantOut | None = Field(description=AS_OF)
+
+
+# --- developers -------------------------------------------------------------------------------------------------------
+
+
+def analytics_routes(database: reads.Database, clock: Clock) -> Routes:
+    """Return what a developer sees of the calls to his APIs."""
+    routes = Routes("Developers")
+    common = UsageReads(database, clock)
+
+    async def developer(user_id: str) -> DeveloperId:
+        found = await reads.developer_of(database, UserId(user_id))
+        if found is None:
+            raise ProblemRaised("DEVELOPER_NOT_FOUND")
+        return found
+
+    @routes.add(
+        "GET",
+        "/api/developers/analytics",
+        access=Access.USER,
+        query=AnalyticsQuery,
+        answers={200: AnalyticsReport},
+        problems=("DEVELOPER_NOT_FOUND", "NOT_FOUND"),
+    )
+    async def get_developer_analytics(ask: Ask[Any, AnalyticsQuery, Any]) -> Answer:
+        """Calls and revenue of your APIs by day, week or month, in whole days of UTC."""
+        query = ask.query
+        span = span_of(query, clock.now(), MONTH).whole_days()
+        developer_id = await developer(ask.user_id)
+        api_id = None if query.apiId is None else ApiId(query.apiId)
+        if api_id is not None and not await reads.owns_api(database, developer_id, api_id):
+            raise ProblemRaised("NOT_FOUND", "No such API")
+        scope = reads.DeveloperScope(developer_id, span.since, span.until, api_id)
+        as_of = await common.as_of()
+        rows = await reads.analytics(database, scope, query.groupBy)
+        return Answer(
+            AnalyticsReport(
+                data=filled(span, query.groupBy, rows),
+                topEndpoints=await _top_endpoints(scope) if query.includeTop else None,
+                topUsers=await _top_callers(scope) if query.includeTop else None,
+                period=span.shown,
+                asOf=as_of,
+            )
+        )
+
+    async def _top_endpoints(scope: reads.DeveloperScope) -> list[TopEndpoint]:
+        return [
+            TopEndpoint(
+                apiId=row["api_id"],
+                slug=row["slug"],
+                endpoint=endpoint_of(row),
+                calls=row["calls"],
+                revenue=usdc(net(row)),
+            )
+            for row in await reads.top_endpoints(database, scope, TOP)
+        ]
+
+    async def _top_callers(scope: reads.DeveloperScope) -> list[TopCaller]:
+        return [
+            TopCaller(user=f"user_{str(row['user_id'])[-LAST4:]}", calls=row["calls"], revenue=usdc(row["net"]))
+            for row in await reads.top_callers(database, scope, TOP)
+        ]
+
+    @routes.add(
+        "GET",
+        "/api/developers/revenue",
+        access=Access.USER,
+        query=PageQuery,
+        answers={200: RevenueReport},
+        problems=("DEVELOPER_NOT_FOUND",),
+    )
+    async def get_developer_revenue(ask: Ask[Any, PageQuery, Any]) -> Answer:
+        """What your APIs have earned since their first call, and what of it was paid out."""
+        decode_cursor(ask.query.cursor, str)
+        developer_id = await developer(ask.user_id)
+        as_of = await common.as_of()
+        earned = await reads.earned(database, developer_id)
+        settlements: Sequence[Settlement] = ()  # nothing is paid out before there are settlements
+        return Answer(
+            RevenueReport(
+                settlements=[*settlements],
+                summary=RevenueSummary(
+                    total_earned=usdc(earned), pending=usdc(0), available_to_withdraw=usdc(max(0, earned))
+                ),
+                pagination=PageMeta(limit=ask.query.limit, nextCursor=None, hasMore=False),
+                asOf=as_of,
+            )
+        )
+
+    return routes
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+def admin_usage_routes(database: reads.Database, clock: Clock) -> Routes:
+    """Return what operators see of usage."""
+    routes = Routes("Operators")
+    common = UsageReads(database, clock)
+
+    @routes.add(
+        "GET", "/api/admin/usage/summary", access=Access.ADMIN, query=LatestQuery, answers={200: EveryonesUsage}
+    )
+    async def get_everyones_usage(ask: Ask[Any, LatestQuery, Any]) -> Answer:
+        """Calls and revenue of everyone, by day."""
+        span = common.latest_days(ask.query.days)
+        as_of = await common.as_of()
+        rows = await reads.all_days(database, span.since)
+        return Answer(
+            EveryonesUsage(
+                days=ask.query.days,
+                totalCalls=sum(row["calls"] for row in rows),
+                failedCalls=sum(row["failed_calls"] for row in rows),
+                totalRevenue=usdc(sum(map(net, rows))),
+                refunded_usdc=usdc(sum(row["refunded"] for row in rows)),
+                buckets=filled(span, "day", {row["day"]: row for row in rows}),
+                asOf=as_of,
+            )
+        )
+
+    @routes.add("GET", "/api/admin/usage/top-users", access=Access.ADMIN, query=TopUsersQuery, answers={200: TopUsers})
+    async def get_top_users(ask: Ask[Any, TopUsersQuery, Any]) -> Answer:
+        """Users by what they spent, the most first."""
+        as_of = await common.as_of()
+        rows = await reads.top_users(database, common.latest_days(ask.query.days).since, ask.query.limit)
+        data = [
+            TopUser(
+                userId=str(row["user_id"]),
+                name=row["name"],
+                calls=row["calls"],
+                failedCalls=row["failed_calls"],
+                spent_usdc=usdc(net(row)),
+            )
+            for row in rows
+        ]
+        return Answer(TopUsers(days=ask.query.days, data=data, asOf=as_of))
+
+    @routes.add(
+        "GET",
+        "/api/admin/usage/{userId}",
+        access=Access.ADMIN,
+        path_form=UserPath,
+        query=UserUsageQuery,
+        answers={200: UserUsage},
+        problems=("NOT_FOUND",),
+    )
+    async def get_usage_of_user(ask: Ask[UserPath, UserUsageQuery, Any]) -> Answer:
+        """What a user did, over all his vaults; by default in the last 30 days."""
+        user_id = UserId(ask.path.userId)
+        span = common.span(ask.query, MONTH, ask.query.groupBy)
+        if not await reads.user_exists(database, user_id):
+            raise ProblemRaised("NOT_FOUND", "No such user")
+        scope = reads.Scope(await reads.vaults_of(database, user_id), span.since, span.until)
+        as_of = await common.as_of()
+        sums = await reads.sums(database, scope, ask.query.groupBy)
+        stats = stats_of(sums, span, ask.query.groupBy)
+        return Answer(UserUsage(userId=user_id, stats=stats, period=span.shown, asOf=as_of))
+
+    return routes
