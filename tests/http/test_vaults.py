@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import attrs
-import httpx
 import pytest
 import trio
 
@@ -31,7 +30,7 @@ class Bank:
     """A service and someone with a vault that holds 10 USDC."""
 
     service: RunningService
-    client: httpx.AsyncClient
+    stranger: Person
     consumer: Consumer
     owner: Person
 
@@ -79,7 +78,7 @@ async def bank(database_url: str) -> AsyncIterator[Bank]:
         await ensure_partitions(service.database, datetime.now(UTC))
         consumer = await service.consumer("10")
         owner = Person(client, {"X-User-Id": consumer.user_id}, consumer.user_id)
-        yield Bank(service, client, consumer, owner)
+        yield Bank(service, anonymous(client), consumer, owner)
 
 
 # --- opening and balances ---------------------------------------------------------------------------------------------
@@ -147,9 +146,9 @@ async def test_who_has_no_vault_there_is_told_so_and_strangers_nothing(database_
     async with bank(database_url) as it:
         told = await it.owner.ask("GET", path, query={"network": "mainnet"})
         assert (told.status, told.code) == (404, "VAULT_NOT_FOUND")
-        bob = await person(it.service, it.client)
+        bob = await person(it.service, it.stranger.client)
         assert (await bob.ask("GET", path)).code == "VAULT_NOT_FOUND"
-        assert (await anonymous(it.client).ask("GET", path)).status == 401
+        assert (await it.stranger.ask("GET", path)).status == 401
 
 
 # --- the statement ----------------------------------------------------------------------------------------------------

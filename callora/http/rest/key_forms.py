@@ -7,7 +7,18 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from callora.http.rest.forms import ApiNumber, Flag, Form, Instant, InstantOut, PageMeta, PageQuery, Uuid, iso
+from callora.http.rest.forms import (
+    INT64_MAX,
+    ApiNumber,
+    Flag,
+    Form,
+    Instant,
+    InstantOut,
+    PageMeta,
+    PageQuery,
+    Uuid,
+    iso,
+)
 from callora.ledger.ids import ApiId, EndpointId
 from callora.ledger.keys import mask_key
 from callora.ledger.tokens import ALL_SCOPES
@@ -23,7 +34,8 @@ Scope = Annotated[
     Field(pattern=r"^(\*|[A-Za-z0-9][A-Za-z0-9:._/-]{0,63})$", description="`*` is every scope.", examples=["read"]),
 ]
 Scopes = Annotated[list[Scope], Field(min_length=1, max_length=20)]
-Numbers = Annotated[list[ApiNumber], Field(min_length=1, max_length=100)]
+Number = Annotated[int, Field(ge=1, le=INT64_MAX)]
+Numbers = Annotated[list[Number], Field(min_length=1, max_length=100)]
 Rate = Annotated[int, Field(ge=1, le=RATE_MAX)]
 
 
