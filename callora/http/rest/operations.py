@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any, Final, Generic, TypeVar, cast
 
 import attrs
+import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.datastructures import Headers, MultiDict
@@ -23,6 +24,10 @@ from callora.http.rest.identity import Authenticator, Identity
 P = TypeVar("P", bound=Form)
 Q = TypeVar("Q", bound=Form)
 B = TypeVar("B", bound=Form)
+
+
+BODY_BYTES_AT_ONCE: Final = 32 * 1024
+"""A larger body is read in a thread: calls that are being proxied do not wait for it."""
 
 
 class Empty(Form):
@@ -241,7 +246,11 @@ async def _handle(
     if operation.body_form is not None:
         if request.mimetype != CONTENT_TYPE:
             raise ProblemRaised("UNSUPPORTED_MEDIA_TYPE", "Send the body as application/json")
-        body, wrong_body = read_body(operation.body_form, cast(bytes, await request.get_data(as_text=False)))
+        data = cast(bytes, await request.get_data(as_text=False))
+        if len(data) > BODY_BYTES_AT_ONCE:
+            body, wrong_body = await trio.to_thread.run_sync(read_body, operation.body_form, data)
+        else:
+            body, wrong_body = read_body(operation.body_form, data)
     wrong = [*wrong_path, *wrong_query, *wrong_body]
     if wrong:
         raise ProblemRaised("VALIDATION_ERROR", details=wrong)
