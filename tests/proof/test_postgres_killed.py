@@ -1,14 +1,13 @@
 """PostgreSQL is killed at random moments under load; nobody is served unpaid, and service resumes with the database."""
 
-import os
 import random
-import signal
 import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import trio
 
@@ -64,6 +63,17 @@ def assert_all_answered(answers: list[Answer], words: str) -> None:
     assert not odd, (words, odd[:3])
 
 
+async def kill(server: EmbeddedPostgres) -> float:
+    """Kill the server; return when the last of its processes was gone: one may outlive its parent and still commit."""
+    assert server.server_pid is not None
+    postmaster = psutil.Process(server.server_pid)
+    family = postmaster.children(recursive=True)
+    postmaster.kill()
+    _, left = await trio.to_thread.run_sync(psutil.wait_procs, family, 10)
+    assert not left
+    return time.monotonic()
+
+
 @pytest.mark.parametrize(
     ("kills", "long_every"), [(2, 0), pytest.param(30, 10, marks=pytest.mark.proof)], ids=["slice", "proof"]
 )
@@ -86,9 +96,7 @@ async def test_nobody_is_served_unpaid_while_the_database_is_down(
                 nursery.start_soon(load.run, 6, 6)
                 for number in range(1, kills + 1):
                     await trio.sleep(moments.uniform(0.2, 1.0))
-                    assert durable_server.server_pid is not None
-                    os.kill(durable_server.server_pid, signal.SIGKILL)
-                    down = time.monotonic()
+                    down = await kill(durable_server)
                     long = long_every and number % long_every == 0
                     await trio.sleep(LONG_OUTAGE_SECONDS if long else moments.uniform(0, 1.0))
                     await trio.to_thread.run_sync(durable_server.restart)
@@ -100,7 +108,7 @@ async def test_nobody_is_served_unpaid_while_the_database_is_down(
                         overdue = max(overdue, await overdue_seconds(database) - (up - down))
                 load.stopping = True
             async with books(durable_url) as database:
-                await load.settle(TTL_SECONDS + 2 * SWEEP_SECONDS + 10)
+                await load.settle(TTL_SECONDS + 2 * SWEEP_SECONDS + 60)
                 await until_no_hold(database, TTL_SECONDS + 2 * SWEEP_SECONDS + 1)
                 # What was charged and not delivered is given back by a task that nobody waits for.
                 await trio.sleep(1)

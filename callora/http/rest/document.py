@@ -8,8 +8,10 @@ from pydantic.json_schema import models_json_schema
 
 from callora.http.problems import PROBLEMS
 from callora.http.rest.forms import Form
-from callora.http.rest.operations import Access, Empty, Operation, Text
+from callora.http.rest.operations import Access, Operation, Text
 
+ALIAS_OF: Final = "x-alias-of"
+"""Names the path that an operation is a second name of."""
 _REFERENCE: Final = "#/components/schemas/{model}"
 _PROBLEM_SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
@@ -59,7 +61,13 @@ _USER_PROBLEMS: Final = (
     "TOKEN_NOT_ACTIVE",
     "REVOKED_TOKEN",
 )
-_ALWAYS: Final = ("INTERNAL_SERVER_ERROR", "SERVICE_UNAVAILABLE", "TOO_MANY_REQUESTS", "REQUEST_HEADER_TOO_LARGE")
+_ALWAYS: Final = (
+    "VALIDATION_ERROR",  # if only for an unknown query parameter
+    "INTERNAL_SERVER_ERROR",
+    "SERVICE_UNAVAILABLE",
+    "TOO_MANY_REQUESTS",
+    "REQUEST_HEADER_TOO_LARGE",
+)
 _KEYED: Final = (
     "INVALID_IDEMPOTENCY_KEY",
     "IDEMPOTENCY_KEY_REUSE_MISMATCH",
@@ -74,10 +82,6 @@ def implied_problems(operation: Operation) -> tuple[str, ...]:
         codes += _USER_PROBLEMS
     if operation.access is Access.ADMIN:
         codes += ("FORBIDDEN", "IP_NOT_ALLOWED")
-    if operation.query_form is not Empty or operation.path_form is not Empty or operation.body_form is not None:
-        codes.append("VALIDATION_ERROR")
-    else:
-        codes.append("VALIDATION_ERROR")  # an unknown query parameter
     if operation.body_form is not None:
         codes += ("UNSUPPORTED_MEDIA_TYPE", "REQUEST_BODY_TOO_LARGE", "REQUEST_TIMEOUT")
     if operation.idempotency_key != "none":
@@ -141,11 +145,10 @@ def _operation(operation: Operation, schema_of: Any, properties_of: Any) -> dict
         "parameters": [*_parameters(operation, properties_of)],
         "responses": {**_answers(operation, schema_of), **_problems(operation)},
     }
-    description = operation.description
+    if operation.description:
+        made["description"] = operation.description
     if operation.alias_of is not None:
-        description = f"The same as `{operation.alias_of}`. {description}".strip()
-    if description:
-        made["description"] = description
+        made[ALIAS_OF] = operation.alias_of
     if operation.body_form is not None:
         made["requestBody"] = {
             "required": True,
@@ -194,7 +197,7 @@ def _answers(operation: Operation, schema_of: Any) -> dict[str, Any]:
     for status, form in operation.answers.items():
         described: dict[str, Any] = {"description": _REASONS.get(status, "Success")}
         if isinstance(form, Text):
-            described = {"description": form.description, "content": {form.media_type: {"schema": {"type": "string"}}}}
+            described = {"description": form.description, "content": {_essence(form): {"schema": _text_schema(form)}}}
         elif form is not None:
             described["content"] = {"application/json": {"schema": schema_of(form, "serialization")}}
         if operation.etag and status == 200:
@@ -203,6 +206,14 @@ def _answers(operation: Operation, schema_of: Any) -> dict[str, Any]:
     if operation.etag:
         answers["304"] = {"description": "Not modified"}
     return answers
+
+
+def _essence(text: Text) -> str:
+    return text.media_type.partition(";")[0]
+
+
+def _text_schema(text: Text) -> dict[str, Any]:
+    return {"type": "object"} if _essence(text) == "application/json" else {"type": "string"}
 
 
 _REASONS: Final = {200: "Success", 201: "Created", 202: "Accepted", 204: "Done; no content"}

@@ -49,9 +49,10 @@ def _positive_amount(text: str) -> str:
 
 
 _USDC_PATTERN: Final = r"^(0|[1-9][0-9]{0,11})(\.[0-9]{1,7})?$"
-Usdc = Annotated[str, AfterValidator(_amount), Field(pattern=_USDC_PATTERN, examples=["0.0100000"])]
+_USDC_SCHEMA: Final = WithJsonSchema({"type": "string", "pattern": _USDC_PATTERN, "examples": ["0.0100000"]})
+Usdc = Annotated[str, AfterValidator(_amount), _USDC_SCHEMA]
 """An amount in a request: a decimal string of USDC with at most 7 places."""
-PositiveUsdc = Annotated[str, AfterValidator(_positive_amount), Field(pattern=_USDC_PATTERN, examples=["0.0100000"])]
+PositiveUsdc = Annotated[str, AfterValidator(_positive_amount), _USDC_SCHEMA]
 """The same, more than 0."""
 UsdcOut = Annotated[str, Field(pattern=r"^-?[0-9]+\.[0-9]{7}$", examples=["0.0100000"])]
 """An amount in an answer: a decimal string of USDC with exactly 7 places."""
@@ -89,8 +90,8 @@ def _whole(value: object) -> object:
     return int(value)
 
 
-WholeNumber = Annotated[int, BeforeValidator(_whole)]
-"""An integer in a path or a query."""
+Whole = BeforeValidator(_whole)
+"""Reads an integer in a path or a query: `Annotated[int, Field(ge=1), Whole]`, the constraints first."""
 
 
 def _flag(value: object) -> object:
@@ -103,9 +104,9 @@ def _flag(value: object) -> object:
 
 Flag = Annotated[bool, BeforeValidator(_flag)]
 """true or false in a query."""
-ApiNumber = Annotated[WholeNumber, Field(ge=1, le=INT64_MAX)]
+ApiNumber = Annotated[int, Field(ge=1, le=INT64_MAX), Whole]
 """The number of an API or an endpoint."""
-Limit = Annotated[WholeNumber, Field(ge=1, le=100)]
+Limit = Annotated[int, Field(ge=1, le=100), Whole]
 """How many items a page may have."""
 
 
