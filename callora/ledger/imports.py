@@ -17,6 +17,9 @@ NAME_CHARS_MAX: Final = 120
 DESCRIPTION_CHARS_MAX: Final = 4000
 ENDPOINT_DESCRIPTION_CHARS_MAX: Final = 1000
 _VARIABLES_MAX: Final = 20
+_WRONG_MAX: Final = 100
+"""Past it nobody reads on, and neither does this."""
+_TOO_MANY: Final = f"must be at most {ENDPOINTS_MAX} operations"
 _URL_CHARS_MAX: Final = 2048
 _VERSION: Final = re.compile(r"3\.[01]\.[0-9]{1,3}(?:-[A-Za-z0-9.]{1,20})?", re.ASCII)
 _METHODS: Final = ("get", "post", "put", "patch", "delete", "head", "options")
@@ -83,6 +86,10 @@ def _endpoints(paths: object, prices: PriceList, exclude: frozenset[str]) -> tup
     met: set[str] = set()
     marks: dict[tuple[object, ...], str] = {}
     for path, item in paths.items():
+        if len(wrong) >= _WRONG_MAX:
+            return endpoints, wrong
+        if len(endpoints) > ENDPOINTS_MAX:
+            return endpoints, [*wrong, Wrong(("document", "paths"), _TOO_MANY, "TOO_LARGE")]
         if path.startswith("x-"):
             continue
         if not isinstance(item, dict):
@@ -121,7 +128,7 @@ def _endpoints(paths: object, prices: PriceList, exclude: frozenset[str]) -> tup
                 wrong.append(Wrong(place, "has a method that is not offered; exclude it", "UNSUPPORTED_METHOD"))
     wrong += _unknown(prices, exclude, met)
     if len(endpoints) > ENDPOINTS_MAX:
-        wrong.append(Wrong(("document", "paths"), f"must be at most {ENDPOINTS_MAX} operations", "TOO_LARGE"))
+        wrong.append(Wrong(("document", "paths"), _TOO_MANY, "TOO_LARGE"))
     if not endpoints and not wrong:
         wrong.append(Wrong(("document", "paths"), "must have an operation", "TOO_SMALL"))
     return endpoints, wrong

@@ -321,6 +321,10 @@ async def test_dates_that_have_passed_since_an_export_are_at_once(database_url: 
         ({"endpoints": [{"method": "GET", "path": "/x"}]}, ["body.endpoints[0]"]),
         ({"endpoints": [{**endpoint(), "id": 3}]}, ["body.endpoints[0].id"]),
         ({"id": 3}, ["body.id"]),
+        (
+            {"endpoints": [endpoint(prices_ahead=[{"price_per_call_usdc": "1", "effective_from": "2999-01-01"}])]},
+            ["body.endpoints[0].prices_ahead[0].effective_from"],
+        ),
         ({"upstream_headers": {"Host": "x"}}, ["body.upstream_headers"]),
     ],
 )

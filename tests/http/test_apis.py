@@ -633,3 +633,22 @@ async def test_operators_alone_see_everyones_apis_by_filter(database_url: str) -
             "SELECT action, status FROM audit_events WHERE action = 'delete_api'"
         )
         assert sorted(row["status"] for row in actions) == [401, 403]
+
+
+async def test_defect_52_every_list_has_one_envelope_and_every_error_another(database_url: str) -> None:
+    async with market(database_url) as made:
+        api = await made.register()
+        prices = f"/api/apis/{api['id']}/endpoints/{api['endpoints'][0]['id']}/prices"
+        for who, path in (
+            (made.anyone, "/api/apis"),
+            (made.ada, "/api/developers/apis"),
+            (made.ada, prices),
+            (made.operator, "/api/admin/apis"),
+        ):
+            told = await who.ask("GET", path)
+            assert (told.status, set(told.body)) == (200, {"data", "meta"})
+            assert told.body["meta"] == {"limit": 20, "nextCursor": None, "hasMore": False}
+            wrong = await who.ask("GET", path, query={"limit": 0})
+            assert (wrong.status, set(wrong.body)) == (400, {"code", "message", "requestId", "details"})
+        gone = await made.anyone.ask("GET", "/api/apis/gone")
+        assert (gone.status, set(gone.body)) == (404, {"code", "message", "requestId"})

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from callora.http.gateway.addresses import Resolver, TargetBlocked, TargetUnresolved, parse_base_url
 from callora.http.problems import ProblemRaised
@@ -228,6 +228,8 @@ def require_a_field(form: Form) -> None:
 class ApiChange(Form):
     """What to change; null clears, what is left out stays."""
 
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
     name: Name = Field(default_factory=str)
     description: ApiProse | None = None
     base_url: BaseUrl = Field(default_factory=str)
@@ -252,6 +254,8 @@ class EndpointsIn(Form):
 
 class EndpointChange(Form):
     """What to change; null clears, what is left out stays. For another path, retire the endpoint and add one."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
     price_per_call_usdc: CallPrice = Field(default_factory=str)
     effective_from: Instant | None = Field(default=None, description=_EFFECTIVE)

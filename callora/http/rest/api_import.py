@@ -1,11 +1,12 @@
 """Whole APIs in and out: from an OpenAPI document with prices, and as JSON that is given and taken alike."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
 from callora.http.rest.api_forms import (
+    DAYS_AHEAD_MAX,
     ApiPath,
     ApiProse,
     BaseUrl,
@@ -218,6 +219,18 @@ class ExportOut(Form):
     endpoints: list[ExportedEndpointOut]
 
 
+def _too_far(body: ExportedApi, now: datetime) -> list[Wrong]:
+    """Return which prices are dated too far ahead; a date that has passed since the export is fine."""
+    last = now + timedelta(days=DAYS_AHEAD_MAX)
+    message = f"must be {DAYS_AHEAD_MAX} days ahead at most"
+    return [
+        Wrong(("endpoints", number, "prices_ahead", place, "effective_from"), message, "TOO_LARGE")
+        for number, endpoint in enumerate(body.endpoints)
+        for place, price in enumerate(endpoint.prices_ahead)
+        if price.effective_from > last
+    ]
+
+
 def _exported(row: Row, endpoints: list[Row], ahead: dict[int, list[Row]]) -> ExportOut:
     return ExportOut(
         name=row["name"],
@@ -326,7 +339,8 @@ def import_routes(shop: Shop) -> Routes:
         """Register an API from an export; a slug that is taken gets a number. Dates that have passed are at once."""
         body = ask.body
         endpoints = tuple(endpoint.offer() for endpoint in body.endpoints)
-        refuse([*await wrong_target(shop.resolver, body.base_url), *check_endpoints(endpoints)])
+        far = _too_far(body, clock.now())
+        refuse([*await wrong_target(shop.resolver, body.base_url), *check_endpoints(endpoints), *far])
         offer = ApiOffer(
             name=body.name,
             slug=body.slug,

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import ConfigDict, model_validator
 
 from callora.actors.publisher import Publisher
 from callora.http.rest.api_forms import Name, ShortProse, WebUrl, require_a_field
@@ -29,6 +29,8 @@ class Profile(Form):
 
 class ProfileChange(Form):
     """What to change; null clears, what is left out stays."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
     name: Name | None = None
     website: WebUrl | None = None

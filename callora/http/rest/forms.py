@@ -8,7 +8,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Annotated, Any, Final, TypeVar
 
@@ -314,11 +314,11 @@ def parse_json(body: bytes) -> Any:
             too deeply.
     """
     try:
-        value = json.loads(
-            body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_number
-        )
-        _check_depth(value, 0)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        text = body.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_number)
+        _check_depth([value], 0)
+        if "\\u" in text:  # else there is no way to write a NUL or half a character
+            _check_texts(value)
     except _Repeated:
         raise invalid("body", "Must not name a field twice", "INVALID_BODY")
     except (ValueError, RecursionError):
@@ -326,18 +326,21 @@ def parse_json(body: bytes) -> Any:
     return value
 
 
-def _check_depth(value: Any, depth: int) -> None:
-    if depth > DEPTH_MAX:
+def _check_depth(values: Iterable[Any], depth: int) -> None:
+    if depth > DEPTH_MAX + 1:
         raise ValueError
-    if isinstance(value, dict):
-        for key, each in value.items():
-            if "\0" in key:
-                raise ValueError
-            _check_depth(each, depth + 1)
-    elif isinstance(value, list):
-        for each in value:
-            _check_depth(each, depth + 1)
-    elif isinstance(value, str) and "\0" in value:
+    for value in values:
+        kind = type(value)
+        if kind is dict:
+            _check_depth(value.values(), depth + 1)
+        elif kind is list:
+            _check_depth(value, depth + 1)
+
+
+def _check_texts(value: Any) -> None:
+    text = json.dumps(value, ensure_ascii=False)
+    text.encode("utf-8")  # not possible for half a surrogate pair
+    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text) is not None:
         raise ValueError  # PostgreSQL's text cannot hold it
 
 

@@ -29,6 +29,10 @@ Q = TypeVar("Q", bound=Form)
 B = TypeVar("B", bound=Form)
 
 
+BODY_BYTES_AT_ONCE: Final = 32 * 1024
+"""A larger body is read in a thread: calls that are being proxied do not wait for it."""
+
+
 class Empty(Form):
     """Nothing."""
 
@@ -269,7 +273,11 @@ async def _read(
         if operation.urlencoded and request.mimetype == URLENCODED:
             body, wrong_body = read_texts(operation.body_form, "body", await request.form)
         elif request.mimetype == CONTENT_TYPE:
-            body, wrong_body = read_body(operation.body_form, cast(bytes, await request.get_data(as_text=False)))
+            data = cast(bytes, await request.get_data(as_text=False))
+            if len(data) > BODY_BYTES_AT_ONCE:
+                body, wrong_body = await trio.to_thread.run_sync(read_body, operation.body_form, data)
+            else:
+                body, wrong_body = read_body(operation.body_form, data)
         else:
             raise ProblemRaised("UNSUPPORTED_MEDIA_TYPE", "Send the body as application/json")
     wrong = [*wrong_path, *wrong_query, *wrong_body]
