@@ -38,6 +38,7 @@ TABLES = {
     "developer_days": ("developer_id", "day", "endpoint_id", "api_id"),
     "developer_callers": ("developer_id", "day", "api_id", "vault_id"),
     "vault_days": ("day", "vault_id"),
+    "all_days": ("day",),
 }
 Sums = dict[tuple[object, ...], tuple[int, ...]]
 
