@@ -12,8 +12,8 @@ from callora.metrics import Metrics
 from callora.store.bridge import Database
 from callora.store.rollup import EPOCH, SPAN, Pass, advance, as_of
 
-PAUSE_PER_WORK: Final = 9
-"""A pass that takes long is followed by a pause so many times as long: adding up gets a tenth of a core at most."""
+PAUSE_PER_WORK: Final = 19
+"""A pass that takes long is followed by a pause so many times as long: adding up gets a twentieth of a core at most."""
 SPAN_MIN: Final = timedelta(minutes=1)
 SPAN_MAX: Final = timedelta(days=1)
 QUICK_SECONDS: Final = 1.0

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from callora.http.problems import ProblemRaised
 from callora.http.rest.forms import (
@@ -50,6 +50,8 @@ LAST4: Final = 4
 
 class AnalyticsQuery(Form):
     """What of a developer's calls."""
+
+    model_config = ConfigDict(populate_by_name=False)
 
     from_: Instant = Field(alias="from", description="Taken down to the first instant of its day in UTC.")
     to: Instant = Field(description="Not part of the period; taken up to a whole day, and to today at most.")
