@@ -19,6 +19,7 @@ from bench.plan import FULL, QUICK, Plan, Progress
 from bench.report import Results, render, save
 from bench.stack import Stack, standing
 from bench.start import run_start
+from bench.usage import run_usage
 from bench.workers import run_workers
 
 OUT: Final = Path(__file__).resolve().parent / "out"
@@ -56,6 +57,10 @@ async def _start(stack: Stack, plan: Plan, progress: Progress, results: Results)
     results.start = await run_start(stack, plan, progress)
 
 
+async def _usage(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
+    results.usage = await run_usage(stack, plan, progress)
+
+
 SECTIONS: Final[dict[str, Section]] = {
     "lanes": _lanes,
     "ledger": _ledger,
@@ -64,7 +69,10 @@ SECTIONS: Final[dict[str, Section]] = {
     "workers": _workers,
     "start": _start,
     "memory": _memory,
+    "usage": _usage,
 }
+LONG: Final = ("usage",)
+"""Not part of a quick run unless it is asked for."""
 
 
 async def run(plan: Plan, sections: list[str], path: Path) -> bool:
@@ -95,8 +103,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures (bench/out by default)")
     asked = parser.parse_args()
     plan = QUICK if asked.quick else FULL
+    sections = [name for name in SECTIONS if not (asked.quick and name in LONG)]
     path = asked.json or OUT / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{plan.name}.json"
-    sys.exit(_guarded(plan, asked.only or list(SECTIONS), path))
+    sys.exit(_guarded(plan, asked.only or sections, path))
 
 
 def _guarded(plan: Plan, sections: list[str], path: Path) -> int:

@@ -30,6 +30,8 @@ class Plan:
     """Vaults touched by the memory benchmark."""
     pause_seconds: int
     """How long pauses are watched for."""
+    usage_events: int
+    """Calls under the pages of usage."""
 
 
 FULL: Final = Plan(
@@ -43,6 +45,7 @@ FULL: Final = Plan(
     many_vaults=1000,
     memory_vaults=100_000,
     pause_seconds=20,
+    usage_events=10_000_000,
 )
 QUICK: Final = Plan(
     name="quick",
@@ -55,6 +58,7 @@ QUICK: Final = Plan(
     many_vaults=1000,
     memory_vaults=10_000,
     pause_seconds=2,
+    usage_events=500_000,
 )
 
 

@@ -19,6 +19,7 @@ from bench.machine import Machine
 from bench.memory import MemoryFigures
 from bench.plan import Plan
 from bench.start import StartFigures
+from bench.usage import UsageFigures
 from bench.workers import WorkerFigures
 
 Verdict = Literal["aim", "pass", "MISS", "no figure", "not run"]
@@ -35,6 +36,7 @@ class Results:
     bodies: BodyFigures | None = None
     workers: WorkerFigures | None = None
     start: StartFigures | None = None
+    usage: UsageFigures | None = None
     commit_ms: float | None = None
     """One commit: mean latency of `pgbench -N` by one client."""
     failures: list[str] = attrs.field(factory=list)
@@ -194,6 +196,14 @@ def _start(results: Results) -> Figure | None:
     return None if results.start is None else Figure(results.start.seconds.median)
 
 
+def _usage(results: Results) -> Figure | None:
+    seen = results.usage
+    if seen is None:
+        return None
+    slowest = seen.slowest
+    return Figure(slowest.ms, f"{slowest.name}, over {seen.events} calls")
+
+
 ROWS: Final = (
     Row("1", "(b) proxy only ÷ (n) nginx, calls per CPU second", "", 0.40, 0.90, True, lambda r: _per_cpu(r, "b")),
     Row("2", "(d) paid ÷ (n) nginx, calls per CPU second", "", 0.15, 0.40, True, lambda r: _per_cpu(r, "d")),
@@ -227,6 +237,7 @@ ROWS: Final = (
     ),
     Row("11", "two workers ÷ one, paid, unpinned, calls/s", "", 1.5, 1.9, True, _workers),
     Row("12", "start to first paid call", "s", 2, 0.7, False, _start),
+    Row("13", "slowest page of usage, database time", "ms", 50, 20, False, _usage),
 )
 """The figures to reach."""
 
@@ -269,6 +280,8 @@ def render(machine: Machine, plan: Plan, results: Results) -> str:
             for each in results.ledger.runs
         ]
         parts += ["", _table(("durable deductions", "callers", "vaults", "calls/s", ""), lines)]
+    if results.usage is not None:
+        parts += ["", *_pages(results.usage)]
     judged = [
         (
             each.row.number,
@@ -284,6 +297,23 @@ def render(machine: Machine, plan: Plan, results: Results) -> str:
     parts += ["", _table(("#", "figure", "measured", "least", "aim", "verdict", ""), judged)]
     parts += ["", *(f"NO FIGURE: {complaint}" for complaint in results.complaints())]
     return "\n".join(parts)
+
+
+def _pages(usage: UsageFigures) -> Iterator[str]:
+    """Yield every page's plans, then the table of pages."""
+    for page in usage.pages:
+        yield f"== {page.name}"
+        yield from page.plans
+    yield ""
+    lines = [
+        (page.name, f"{page.ms:.1f}", f"{page.asked_ms:.1f}", str(page.statements), str(page.buffers))
+        for page in sorted(usage.pages, key=lambda page: -page.ms)
+    ]
+    yield _table(("page of usage", "database ms", "asked ms", "statements", "buffers"), lines)
+    yield (
+        f"{usage.events} calls, counted at {usage.events_counted_per_second:.0f}/s from nothing; a pass over a minute "
+        f"of 1000 calls/s takes {usage.pass_ms:.0f} ms, with nothing new {usage.idle_pass_ms:.0f} ms"
+    )
 
 
 def _measured(judged: Judged) -> str:

@@ -1,7 +1,7 @@
 -- Grants and people without a name would not fit the tables as they were: this fails while there are any.
 DROP INDEX ledger_entries_refunded;
-DROP TABLE audit_events, usage_rollup, usage_open, vault_days, developer_callers, developer_days, usage_days,
-    usage_minutes, rest_idempotency, billing_requests, access_tokens, login_challenges, refresh_tokens, sessions;
+DROP TABLE audit_events, usage_rollup, usage_open, all_days, vault_days, developer_callers, developer_days,
+    usage_days, usage_minutes, rest_idempotency, billing_requests, access_tokens, login_challenges, refresh_tokens, sessions;
 ALTER TABLE ledger_entries
     DROP CONSTRAINT ledger_entries_grant_check,
     DROP CONSTRAINT ledger_entries_kind_check,

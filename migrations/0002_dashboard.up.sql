@@ -170,8 +170,8 @@ CREATE TABLE usage_minutes (
 CREATE INDEX usage_minutes_lines ON usage_minutes (vault_id, api_key_id, endpoint_id, minute);
 
 -- The same by day in UTC, moved by what a pass changed in usage_minutes, in its transaction: for a vault in full, for a
--- developer by endpoint and by caller, and a vault's whole. A month of a busy vault has too many minutes to add up on
--- every page.
+-- developer by endpoint and by caller, a vault's whole, and everyone's. A month of a busy vault has too many minutes to
+-- add up on every page.
 CREATE TABLE usage_days (
     vault_id       uuid NOT NULL,
     day            timestamptz NOT NULL,
@@ -222,6 +222,14 @@ CREATE TABLE vault_days (
     refunded     bigint NOT NULL,
     PRIMARY KEY (day, vault_id)
 ) WITH (fillfactor = 70);
+
+CREATE TABLE all_days (
+    day          timestamptz PRIMARY KEY,
+    calls        bigint NOT NULL,
+    failed_calls bigint NOT NULL,
+    amount       bigint NOT NULL,
+    refunded     bigint NOT NULL
+) WITH (fillfactor = 50);
 
 -- Holds that were open when their minute became final. Each leaves in the transaction that counts it.
 CREATE TABLE usage_open (

@@ -7,12 +7,14 @@ import pytest
 import trio
 
 from callora.store.embedded import EmbeddedPostgres
+from tests.support.client import call
 from tests.support.processes import CalloraProcess, callora, free_port, nothing_left_in, run_callora
 from tests.support.service import running_service
+from tests.support.upstream import raw_upstream, respond
 
 WRONG = {"PORT": "many", "HOLD_TTL_SECONDS": "0", "PROXY_TIMEOUT_MS": "soon", "CALLORA_TYPO": "1"}
 COMMANDS = {
-    (): ["serve", "dev", "migrate", "keys", "doctor"],
+    (): ["serve", "dev", "migrate", "keys", "rollup", "doctor"],
     ("serve",): ["--workers", "--data-dir", "SIGTERM"],
     ("dev",): ["--json", "--port", "--data-dir", "embedded PostgreSQL"],
     ("migrate",): ["--status", "--down-to"],
@@ -20,6 +22,7 @@ COMMANDS = {
     ("keys", "create"): ["--vault", "--rate-limit", "--expires", "once"],
     ("keys", "list"): ["--vault", "masked"],
     ("keys", "revoke"): ["within a second"],
+    ("rollup",): ["--rebuild", "count anew"],
     ("doctor",): ["exit code 1"],
 }
 
@@ -187,6 +190,21 @@ def test_keys_are_made_once_listed_masked_and_revoked(tmp_path: Path, database_u
         refused = run(tmp_path, "keys", "create", *wrong, **where)
         assert refused.popen.returncode in (1, 2), wrong
         assert refused.stdout == ""
+
+
+def test_sums_of_usage_are_added_up_and_rebuilt(tmp_path: Path, database_url: str) -> None:
+    async def paid() -> None:
+        seldom = {"USAGE_ROLLUP_INTERVAL_MS": "3600000"}
+        async with running_service(database_url, seldom) as service, raw_upstream(respond(200)) as upstream:
+            await service.api("echo", upstream.url)
+            consumer = await service.consumer("1")
+            await call(service.port, "GET", "/v1/call/echo/x", consumer.headers)
+
+    where = {"DATABASE_URL": database_url}
+    trio.run(paid)
+    assert "counted 1 calls more" in run(tmp_path, "rollup", **where).stdout
+    assert "counted 0 calls more" in run(tmp_path, "rollup", **where).stdout
+    assert "counted 1 calls anew" in run(tmp_path, "rollup", "--rebuild", **where).stdout
 
 
 def test_commands_without_a_database_use_the_embedded_one_and_leave_nothing(tmp_path: Path) -> None:

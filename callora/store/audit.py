@@ -121,6 +121,34 @@ _CHECKS: Final = (
         """,
     ),
     Check(
+        "the final sums of usage are those of the events",
+        """
+        SELECT count(*) AS wrong, min(coalesce(e.vault_id, m.vault_id)::text) AS example FROM (
+            SELECT vault_id, count(*) AS calls, coalesce(sum(amount), 0) AS amount FROM usage_events u
+            WHERE state <> 'held' AND created_at < (SELECT done_until FROM usage_rollup)
+                AND NOT EXISTS (SELECT FROM usage_open o WHERE o.vault_id = u.vault_id AND o.event_id = u.event_id)
+            GROUP BY vault_id
+        ) AS e FULL JOIN (
+            SELECT vault_id, sum(calls) AS calls, sum(amount) AS amount FROM usage_minutes
+            WHERE minute < (SELECT done_until FROM usage_rollup) GROUP BY vault_id HAVING sum(calls) > 0
+        ) AS m ON m.vault_id = e.vault_id
+        WHERE (e.calls, e.amount) IS DISTINCT FROM (m.calls, m.amount)
+        """,
+    ),
+    Check(
+        "a vault's days add up to its minutes",
+        """
+        SELECT count(*) AS wrong, min(coalesce(d.vault_id, m.vault_id)::text) AS example FROM (
+            SELECT vault_id, sum(calls) AS calls, sum(amount) AS amount, sum(refunded) AS refunded FROM usage_days
+            GROUP BY vault_id
+        ) AS d FULL JOIN (
+            SELECT vault_id, sum(calls) AS calls, sum(amount) AS amount, sum(refunded) AS refunded FROM usage_minutes
+            GROUP BY vault_id
+        ) AS m ON m.vault_id = d.vault_id
+        WHERE (d.calls, d.amount, d.refunded) IS DISTINCT FROM (m.calls, m.amount, m.refunded)
+        """,
+    ),
+    Check(
         "no usage event fell into the default partition",
         "SELECT count(*) AS wrong, min(event_id::text) AS example FROM usage_events_default",
     ),

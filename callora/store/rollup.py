@@ -120,13 +120,14 @@ WITH facts AS (
 ), usage_minutes_moved AS (
     INSERT INTO usage_minutes AS t (vault_id, minute, api_key_id, endpoint_id, api_id, developer_id,
                                     {", ".join(_MEASURES)})
-    SELECT * FROM changes
+    SELECT * FROM changes ORDER BY minute, vault_id
     ON CONFLICT (vault_id, minute, api_key_id, endpoint_id)
         DO UPDATE SET {", ".join(f"{each} = t.{each} + excluded.{each}" for each in _MEASURES)}
 ), {_added("usage_days", ("vault_id", "day", "api_key_id", "endpoint_id"), "api_id", _MEASURES)},
 {_added("developer_days", ("developer_id", "day", "endpoint_id"), "api_id", _DEVELOPER_MEASURES)},
 {_added("developer_callers", ("developer_id", "day", "api_id", "vault_id"), "", ("calls", "amount", "refunded"))},
 {_added("vault_days", ("day", "vault_id"), "", _DEVELOPER_MEASURES)},
+{_added("all_days", ("day",), "", _DEVELOPER_MEASURES)},
 opened AS (
     INSERT INTO usage_open (vault_id, event_id)
     SELECT vault_id, event_id FROM usage_events WHERE created_at >= $1 AND created_at < $3 AND state = 'held'
@@ -159,9 +160,11 @@ SELECT EXISTS (
 
 _AS_OF: Final = "SELECT as_of FROM usage_rollup"
 
-_CALLS: Final = "SELECT coalesce(sum(calls), 0)::bigint FROM vault_days"
+_CALLS: Final = "SELECT coalesce(sum(calls), 0)::bigint FROM all_days"
 
-_EMPTY: Final = "TRUNCATE usage_minutes, usage_days, developer_days, developer_callers, vault_days, usage_open"
+_EMPTY: Final = """
+TRUNCATE usage_minutes, usage_days, developer_days, developer_callers, vault_days, all_days, usage_open
+"""
 _BACK: Final = "UPDATE usage_rollup SET done_until = 'epoch', as_of = 'epoch'"
 
 

@@ -38,6 +38,10 @@ PLANTED = {
     "a vault's entries are numbered without a gap up to its counter": "UPDATE ledger_entries SET seq = 7 WHERE seq = 2",
     "an answered idempotency key belongs to a closed event and names its charge": "UPDATE idempotency_keys"
     " SET charge = charge + 1",
+    "the final sums of usage are those of the events": "UPDATE usage_rollup"
+    " SET done_until = now() + interval '9 years'",
+    "a vault's days add up to its minutes": "INSERT INTO usage_days SELECT vault_id, created_at, vault_id, 1, 1, 1, 0,"
+    " 0, 0, 0, 0, 0, 0, 0 FROM vaults",
     "no usage event fell into the default partition": "INSERT INTO usage_events SELECT vault_id,"
     " '00000000-0000-7000-8000-000000000000', api_key_id, developer_id, api_id, endpoint_id, 0, created_at,"
     " expires_at, price_version, 'released', NULL, NULL, NULL, NULL, NULL, closed_at FROM usage_events"

@@ -38,6 +38,7 @@ TABLES = {
     "developer_days": ("developer_id", "day", "endpoint_id", "api_id"),
     "developer_callers": ("developer_id", "day", "api_id", "vault_id"),
     "vault_days": ("day", "vault_id"),
+    "all_days": ("day",),
 }
 Sums = dict[tuple[object, ...], tuple[int, ...]]
 
@@ -244,6 +245,7 @@ async def test_whatever_happens_the_sums_after_a_pass_are_those_of_the_events(le
         await world.close()
     await world.pass_alone()
     assert await ledger.count("usage_open") == 0
+    assert await ledger.findings() == []
 
 
 async def test_a_hold_of_a_day_stops_no_minute_and_is_counted_when_it_closes(ledger: RealLedger) -> None:

@@ -1,9 +1,9 @@
 """Usage of those who sell, and of everyone: a developer's revenue and analytics, what operators see."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from callora.http.problems import ProblemRaised
 from callora.http.rest.forms import (
@@ -35,7 +35,7 @@ from callora.http.rest.periods import (
     net,
     span_of,
 )
-from callora.http.rest.usage import MONTH, UsageReads
+from callora.http.rest.usage import MONTH, UsageReads, latest_days
 from callora.http.rest.usage_forms import Stats, stats_of
 from callora.ledger.clock import Clock
 from callora.ledger.ids import ApiId, DeveloperId, UserId
@@ -50,6 +50,8 @@ LAST4: Final = 4
 
 class AnalyticsQuery(Form):
     """What of a developer's calls."""
+
+    model_config = ConfigDict(populate_by_name=False)
 
     from_: Instant = Field(alias="from", description="Taken down to the first instant of its day in UTC.")
     to: Instant = Field(description="Not part of the period; taken up to a whole day, and to today at most.")
@@ -164,7 +166,6 @@ class TopUser(Form):
     userId: Uuid
     name: str
     calls: int
-    failedCalls: int
     spent_usdc: UsdcOut = Field(description=REVENUE)
 
 
@@ -176,16 +177,31 @@ class TopUsers(Form):
     asOf: InstantOut | None = Field(description=AS_OF)
 
 
+def _top_endpoints(rows: Sequence[Mapping[str, Any]]) -> list[TopEndpoint]:
+    return [
+        TopEndpoint(
+            apiId=row["api_id"], slug=row["slug"], endpoint=endpoint_of(row), calls=row["calls"], revenue=usdc(net(row))
+        )
+        for row in rows
+    ]
+
+
+def _top_callers(rows: Sequence[Mapping[str, Any]]) -> list[TopCaller]:
+    return [
+        TopCaller(user=f"user_{str(row['user_id'])[-LAST4:]}", calls=row["calls"], revenue=usdc(row["net"]))
+        for row in rows
+    ]
+
+
 # --- developers -------------------------------------------------------------------------------------------------------
 
 
 def analytics_routes(database: reads.Database, clock: Clock) -> Routes:
     """Return what a developer sees of the calls to his APIs."""
     routes = Routes("Developers")
-    common = UsageReads(database, clock)
 
-    async def developer(user_id: str) -> DeveloperId:
-        found = await reads.developer_of(database, UserId(user_id))
+    async def developer(connection: reads.Reading, user_id: str) -> DeveloperId:
+        found = await reads.developer_of(connection, UserId(user_id))
         if found is None:
             raise ProblemRaised("DEVELOPER_NOT_FOUND")
         return found
@@ -202,40 +218,25 @@ def analytics_routes(database: reads.Database, clock: Clock) -> Routes:
         """Calls and revenue of your APIs by day, week or month, in whole days of UTC."""
         query = ask.query
         span = span_of(query, clock.now(), MONTH).whole_days()
-        developer_id = await developer(ask.user_id)
         api_id = None if query.apiId is None else ApiId(query.apiId)
-        if api_id is not None and not await reads.owns_api(database, developer_id, api_id):
-            raise ProblemRaised("NOT_FOUND", "No such API")
-        scope = reads.DeveloperScope(developer_id, span.since, span.until, api_id)
-        as_of = await common.as_of()
-        rows = await reads.analytics(database, scope, query.groupBy)
+        async with reads.reading(database) as connection:
+            developer_id = await developer(connection, ask.user_id)
+            if api_id is not None and not await reads.owns_api(connection, developer_id, api_id):
+                raise ProblemRaised("NOT_FOUND", "No such API")
+            scope = reads.DeveloperScope(developer_id, span.since, span.until, api_id)
+            as_of = await UsageReads(connection).as_of()
+            rows = await reads.analytics(connection, scope, query.groupBy)
+            tops = await reads.top_endpoints(connection, scope, TOP) if query.includeTop else None
+            callers = await reads.top_callers(connection, scope, TOP) if query.includeTop else None
         return Answer(
             AnalyticsReport(
                 data=filled(span, query.groupBy, rows),
-                topEndpoints=await _top_endpoints(scope) if query.includeTop else None,
-                topUsers=await _top_callers(scope) if query.includeTop else None,
+                topEndpoints=None if tops is None else _top_endpoints(tops),
+                topUsers=None if callers is None else _top_callers(callers),
                 period=span.shown,
                 asOf=as_of,
             )
         )
-
-    async def _top_endpoints(scope: reads.DeveloperScope) -> list[TopEndpoint]:
-        return [
-            TopEndpoint(
-                apiId=row["api_id"],
-                slug=row["slug"],
-                endpoint=endpoint_of(row),
-                calls=row["calls"],
-                revenue=usdc(net(row)),
-            )
-            for row in await reads.top_endpoints(database, scope, TOP)
-        ]
-
-    async def _top_callers(scope: reads.DeveloperScope) -> list[TopCaller]:
-        return [
-            TopCaller(user=f"user_{str(row['user_id'])[-LAST4:]}", calls=row["calls"], revenue=usdc(row["net"]))
-            for row in await reads.top_callers(database, scope, TOP)
-        ]
 
     @routes.add(
         "GET",
@@ -248,9 +249,10 @@ def analytics_routes(database: reads.Database, clock: Clock) -> Routes:
     async def get_developer_revenue(ask: Ask[Any, PageQuery, Any]) -> Answer:
         """What your APIs have earned since their first call, and what of it was paid out."""
         decode_cursor(ask.query.cursor, str)
-        developer_id = await developer(ask.user_id)
-        as_of = await common.as_of()
-        earned = await reads.earned(database, developer_id)
+        async with reads.reading(database) as connection:
+            developer_id = await developer(connection, ask.user_id)
+            as_of = await UsageReads(connection).as_of()
+            earned = await reads.earned(connection, developer_id)
         settlements: Sequence[Settlement] = ()  # nothing is paid out before there are settlements
         return Answer(
             RevenueReport(
@@ -272,16 +274,16 @@ def analytics_routes(database: reads.Database, clock: Clock) -> Routes:
 def admin_usage_routes(database: reads.Database, clock: Clock) -> Routes:
     """Return what operators see of usage."""
     routes = Routes("Operators")
-    common = UsageReads(database, clock)
 
     @routes.add(
         "GET", "/api/admin/usage/summary", access=Access.ADMIN, query=LatestQuery, answers={200: EveryonesUsage}
     )
     async def get_everyones_usage(ask: Ask[Any, LatestQuery, Any]) -> Answer:
         """Calls and revenue of everyone, by day."""
-        span = common.latest_days(ask.query.days)
-        as_of = await common.as_of()
-        rows = await reads.all_days(database, span.since)
+        span = latest_days(clock, ask.query.days)
+        async with reads.reading(database) as connection:
+            as_of = await UsageReads(connection).as_of()
+            rows = await reads.all_days(connection, span.since)
         return Answer(
             EveryonesUsage(
                 days=ask.query.days,
@@ -297,15 +299,16 @@ def admin_usage_routes(database: reads.Database, clock: Clock) -> Routes:
     @routes.add("GET", "/api/admin/usage/top-users", access=Access.ADMIN, query=TopUsersQuery, answers={200: TopUsers})
     async def get_top_users(ask: Ask[Any, TopUsersQuery, Any]) -> Answer:
         """Users by what they spent, the most first."""
-        as_of = await common.as_of()
-        rows = await reads.top_users(database, common.latest_days(ask.query.days).since, ask.query.limit)
+        since = latest_days(clock, ask.query.days).since
+        async with reads.reading(database) as connection:
+            as_of = await UsageReads(connection).as_of()
+            rows = await reads.top_users(connection, since, ask.query.limit)
         data = [
             TopUser(
                 userId=str(row["user_id"]),
                 name=row["name"],
                 calls=row["calls"],
-                failedCalls=row["failed_calls"],
-                spent_usdc=usdc(net(row)),
+                spent_usdc=usdc(row["net"]),
             )
             for row in rows
         ]
@@ -323,12 +326,13 @@ def admin_usage_routes(database: reads.Database, clock: Clock) -> Routes:
     async def get_usage_of_user(ask: Ask[UserPath, UserUsageQuery, Any]) -> Answer:
         """What a user did, over all his vaults; by default in the last 30 days."""
         user_id = UserId(ask.path.userId)
-        span = common.span(ask.query, MONTH, ask.query.groupBy)
-        if not await reads.user_exists(database, user_id):
-            raise ProblemRaised("NOT_FOUND", "No such user")
-        scope = reads.Scope(await reads.vaults_of(database, user_id), span.since, span.until)
-        as_of = await common.as_of()
-        sums = await reads.sums(database, scope, ask.query.groupBy)
+        span = span_of(ask.query, clock.now(), MONTH, ask.query.groupBy)
+        async with reads.reading(database) as connection:
+            if not await reads.user_exists(connection, user_id):
+                raise ProblemRaised("NOT_FOUND", "No such user")
+            scope = reads.Scope(await reads.vaults_of(connection, user_id), span.since, span.until)
+            as_of = await UsageReads(connection).as_of()
+            sums = await reads.sums(connection, scope, ask.query.groupBy)
         stats = stats_of(sums, span, ask.query.groupBy)
         return Answer(UserUsage(userId=user_id, stats=stats, period=span.shown, asOf=as_of))
 

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, Protocol
 
 import attrs
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from callora.http.rest.forms import Form, Instant, InstantOut, UsdcOut, invalid, iso, usdc
 from callora.store.reads.usage import Unit
@@ -22,6 +22,8 @@ GroupBy = Literal["hour", "day", "week", "month"]
 
 class PeriodQuery(Form):
     """A period, by default one that ends now."""
+
+    model_config = ConfigDict(populate_by_name=False)  # `from_` is no name of a parameter
 
     from_: Instant | None = Field(default=None, alias="from", description="Taken down to a whole minute.")
     to: Instant | None = Field(

@@ -1,6 +1,6 @@
 """Usage of those who call: single calls, sums, exports, and what each key did."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping
 from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID
@@ -10,7 +10,6 @@ from callora.http.rest.forms import InstantOut, Page, decode_cursor, invalid, us
 from callora.http.rest.operations import Access, Answer, Ask, Routes, Text
 from callora.http.rest.periods import (
     DAY,
-    PeriodQuery,
     Span,
     average_ms,
     day_of,
@@ -55,9 +54,8 @@ CSV_BATCH: Final = 500
 class UsageReads:
     """What the routes ask, on behalf of one user."""
 
-    def __init__(self, database: reads.Database, clock: Clock) -> None:
+    def __init__(self, database: reads.Reading) -> None:
         self._database = database
-        self._clock = clock
 
     async def scope(self, user_id: str, query: ScopeQuery, span: Span) -> reads.Scope:
         """Return the user's own vaults, or the one of his key.
@@ -67,7 +65,7 @@ class UsageReads:
         """
         api_id = None if query.apiId is None else ApiId(query.apiId)
         if query.keyId is None:
-            vaults: Sequence[VaultId] = await reads.vaults_of(self._database, UserId(user_id))
+            vaults = await reads.vaults_of(self._database, UserId(user_id))
             return reads.Scope(vaults, span.since, span.until, api_id)
         api_key_id = ApiKeyId(query.keyId)
         return reads.Scope([await self.vault_of_key(user_id, api_key_id)], span.since, span.until, api_id, api_key_id)
@@ -83,38 +81,46 @@ class UsageReads:
             raise ProblemRaised("API_KEY_NOT_FOUND")
         return vault_id
 
-    def span(self, query: PeriodQuery, default: timedelta, unit: reads.Unit = "day") -> Span:
-        """Return the period asked for."""
-        return span_of(query, self._clock.now(), default, unit)
-
-    def latest_days(self, count: int) -> Span:
-        """Return the period of the latest days, today among them."""
-        today = day_of(self._clock.now())
-        return Span(today - (count - 1) * DAY, today + DAY)
-
     async def as_of(self) -> InstantOut | None:
         """Return how far sums reach; asked before them, so that they are at least as new."""
         return shown_as_of((await reads.rollup_extent(self._database)).as_of)
 
-    async def export(self, scope: reads.Scope, status: calls.Status | None) -> AsyncIterator[bytes]:
-        """Return the lines of an export; the first batch is read before this returns, so that its faults are told."""
-        batches = self._batches(scope, status)
-        first = await anext(batches, b"")
 
-        async def lines() -> AsyncIterator[bytes]:
-            yield (",".join(CSV_HEADER) + "\r\n").encode() + first
-            async for batch in batches:
-                yield batch
+def latest_days(clock: Clock, count: int) -> Span:
+    """Return the period of the latest days, today among them."""
+    today = day_of(clock.now())
+    return Span(today - (count - 1) * DAY, today + DAY)
 
-        return lines()
 
-    async def _batches(self, scope: reads.Scope, status: calls.Status | None) -> AsyncIterator[bytes]:
-        for vault_id in scope.vault_ids:
-            reached: EventId | None = calls.LATEST
-            while reached is not None:
-                rows, reached = await calls.scan(self._database, vault_id, scope, status, reached, CSV_BATCH)
-                if rows:
-                    yield csv_lines(rows)
+async def _export(database: reads.Database, scope: reads.Scope, status: calls.Status | None) -> AsyncIterator[bytes]:
+    """Return the lines of an export; the first batch is read before this returns, so that its faults are told."""
+    batches = _batches(database, scope, status)
+    first = await anext(batches, b"")
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield (",".join(CSV_HEADER) + "\r\n").encode() + first
+        async for batch in batches:
+            yield batch
+
+    return lines()
+
+
+async def _batches(database: reads.Database, scope: reads.Scope, status: calls.Status | None) -> AsyncIterator[bytes]:
+    """Yield batches of lines; no connection is held while one is sent."""
+    for vault_id in scope.vault_ids:
+        reached: EventId | None = calls.LATEST
+        while reached is not None:
+            rows, reached = await _batch(database, vault_id, scope, status, reached)
+            if rows:
+                yield csv_lines(rows)
+
+
+async def _batch(
+    database: reads.Database, vault_id: VaultId, scope: reads.Scope, status: calls.Status | None, reached: EventId
+) -> tuple[list[Mapping[str, Any]], EventId | None]:
+    async with reads.reading(database) as connection:
+        rows, next_reached = await calls.scan(connection, vault_id, scope, status, reached, CSV_BATCH)
+    return [*rows], next_reached
 
 
 def _before(cursor: str | None) -> EventId:
@@ -130,7 +136,6 @@ def _before(cursor: str | None) -> EventId:
 def usage_routes(database: reads.Database, clock: Clock) -> Routes:
     """Return the routes of usage."""
     routes = Routes("Usage")
-    own = UsageReads(database, clock)
 
     @routes.add(
         "GET",
@@ -148,12 +153,14 @@ def usage_routes(database: reads.Database, clock: Clock) -> Routes:
         """
         query = ask.query
         before = _before(query.cursor)
-        span = own.span(query, MONTH, query.groupBy)
-        scope = await own.scope(ask.user_id, query, span)
-        as_of = await own.as_of()
-        found = await calls.events(database, scope, query.status, before, query.limit + 1)
+        span = span_of(query, clock.now(), MONTH, query.groupBy)
+        async with reads.reading(database) as connection:
+            own = UsageReads(connection)
+            scope = await own.scope(ask.user_id, query, span)
+            as_of = await own.as_of()
+            found = await calls.events(connection, scope, query.status, before, query.limit + 1)
+            sums = await reads.sums(connection, scope, query.groupBy)
         page = Page.of(found, query.limit, "event_id")
-        sums = await reads.sums(database, scope, query.groupBy)
         return Answer(
             UsageReport(
                 events=[event_of(row) for row in page.rows],
@@ -175,10 +182,12 @@ def usage_routes(database: reads.Database, clock: Clock) -> Routes:
     async def aggregate_usage(ask: Ask[Any, AggregateQuery, Any]) -> Answer:
         """Calls and money by hour, day, week or month in UTC; by default the last 24 hours by the hour."""
         query = ask.query
-        span = own.span(query, DAY, query.groupBy)
-        scope = await own.scope(ask.user_id, query, span)
-        as_of = await own.as_of()
-        sums = await reads.sums(database, scope, query.groupBy)
+        span = span_of(query, clock.now(), DAY, query.groupBy)
+        async with reads.reading(database) as connection:
+            own = UsageReads(connection)
+            scope = await own.scope(ask.user_id, query, span)
+            as_of = await own.as_of()
+            sums = await reads.sums(connection, scope, query.groupBy)
         return Answer(
             AggregateReport(
                 data=filled(span, query.groupBy, sums.buckets),
@@ -202,10 +211,12 @@ def usage_routes(database: reads.Database, clock: Clock) -> Routes:
         query = ask.query
         position = decode_cursor(query.cursor, int, int)
         after = None if position is None else (int(position[0]), int(position[1]))
-        span = own.span(query, MONTH)
-        scope = await own.scope(ask.user_id, query, span)
-        as_of = await own.as_of()
-        found = await reads.by_endpoint(database, scope, query.limit + 1, after)
+        span = span_of(query, clock.now(), MONTH)
+        async with reads.reading(database) as connection:
+            own = UsageReads(connection)
+            scope = await own.scope(ask.user_id, query, span)
+            as_of = await own.as_of()
+            found = await reads.by_endpoint(connection, scope, query.limit + 1, after)
         page = Page.of(found, query.limit, "calls", "endpoint_id")
         data = [
             EndpointUsage(
@@ -235,10 +246,10 @@ def usage_routes(database: reads.Database, clock: Clock) -> Routes:
 
         Streamed as it is read. A cell that a spreadsheet would take for a formula begins with an apostrophe.
         """
-        span = own.span(ask.query, MONTH)
-        scope = await own.scope(ask.user_id, ask.query, span)
+        span = span_of(ask.query, clock.now(), MONTH)
+        scope = await UsageReads(database).scope(ask.user_id, ask.query, span)
         name = f"usage-export-{clock.now():%Y-%m-%d}.csv"
-        lines = await own.export(scope, ask.query.status)
+        lines = await _export(database, scope, ask.query.status)
         return Answer(lines, headers={"Content-Disposition": f'attachment; filename="{name}"'})
 
     @routes.add(
@@ -254,9 +265,11 @@ def usage_routes(database: reads.Database, clock: Clock) -> Routes:
     async def get_key_usage(ask: Ask[KeyPath, DaysQuery, Any]) -> Answer:
         """What a key of yours did, day by day, the newest first."""
         key_id, days = ApiKeyId(ask.path.keyId), ask.query.days
-        vault_id = await own.vault_of_key(ask.user_id, key_id)
-        as_of = await own.as_of()
-        rows = await reads.key_days(database, vault_id, key_id, own.latest_days(days).since)
+        async with reads.reading(database) as connection:
+            own = UsageReads(connection)
+            vault_id = await own.vault_of_key(ask.user_id, key_id)
+            as_of = await own.as_of()
+            rows = await reads.key_days(connection, vault_id, key_id, latest_days(clock, days).since)
         data = [
             KeyDay(
                 date=f"{row['day']:%Y-%m-%d}",
@@ -284,12 +297,14 @@ def usage_routes(database: reads.Database, clock: Clock) -> Routes:
     async def get_key_usage_summary(ask: Ask[KeyPath, DaysQuery, Any]) -> Answer:
         """What a key of yours did, in all and by endpoint."""
         key_id, days = ApiKeyId(ask.path.keyId), ask.query.days
-        vault_id = await own.vault_of_key(ask.user_id, key_id)
-        as_of = await own.as_of()
-        span = own.latest_days(days)
-        scope = reads.Scope([vault_id], span.since, span.until, None, key_id)
-        total = (await reads.sums(database, scope, "month")).total
-        rows = await reads.by_endpoint(database, scope, reads.TOP_ENDPOINTS)
+        span = latest_days(clock, days)
+        async with reads.reading(database) as connection:
+            own = UsageReads(connection)
+            vault_id = await own.vault_of_key(ask.user_id, key_id)
+            as_of = await own.as_of()
+            scope = reads.Scope([vault_id], span.since, span.until, None, key_id)
+            total = (await reads.sums(connection, scope, "month")).total
+            rows = await reads.by_endpoint(connection, scope, reads.TOP_ENDPOINTS)
         return Answer(
             KeySummary(
                 keyId=key_id,

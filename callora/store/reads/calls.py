@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Final, Literal
 
 from callora.ledger.ids import EventId, VaultId
-from callora.store.bridge import Database, Row
-from callora.store.reads.usage import Scope, rollup_extent
+from callora.store.bridge import Row
+from callora.store.reads.usage import Reading, Scope, rollup_extent
 from callora.store.rollup import SUCCEEDED
 
 Status = Literal["success", "error"]
@@ -69,7 +69,8 @@ WITH lines AS MATERIALIZED (
         AND ($6::bigint IS NULL OR api_id = $6) AND ($7::uuid IS NULL OR api_key_id = $7) AND {_MATCHING} > 0
 ), days AS (
     SELECT day, sum(sum(sure)) OVER ({_later("day", "2 days")}) AS later FROM (
-        SELECT day, CASE WHEN day >= $4::timestamptz AND day + interval '24 hours' <= least($5::timestamptz, $12::timestamptz) THEN matching ELSE 0 END AS sure
+        SELECT day, CASE WHEN day >= $4::timestamptz AND day + interval '24 hours' <= least($5::timestamptz, $12)
+                         THEN matching ELSE 0 END AS sure
         FROM lines
     ) AS counted GROUP BY day
 ), minutes AS (
@@ -78,7 +79,7 @@ WITH lines AS MATERIALIZED (
         FROM days JOIN lines l ON l.day = days.day CROSS JOIN LATERAL (
             SELECT minute, {_MATCHING} AS matching FROM usage_minutes
             WHERE vault_id = $1 AND api_key_id = l.api_key_id AND endpoint_id = l.endpoint_id
-                AND minute >= greatest(l.day, $4::timestamptz) AND minute < least(l.day + interval '24 hours', $5::timestamptz, $11::timestamptz)
+                AND minute >= greatest(l.day, $4) AND minute < least(l.day + interval '24 hours', $5, $11)
         ) AS m
         WHERE coalesce(days.later, 0) < $10::bigint AND m.matching > 0
     ) AS counted GROUP BY minute
@@ -114,7 +115,7 @@ def id_moment(event_id: EventId) -> datetime:
 
 
 async def events(
-    database: Database,
+    database: Reading,
     scope: Scope,
     status: Status | None,
     before: EventId,
@@ -137,7 +138,7 @@ async def events(
 
 
 async def _events_of(
-    database: Database, vault_id: VaultId, scope: Scope, status: Status | None, before: EventId, limit: int, look: int
+    database: Reading, vault_id: VaultId, scope: Scope, status: Status | None, before: EventId, limit: int, look: int
 ) -> list[Row]:
     succeeded = None if status is None else status == "success"
     filtered = not (scope.api_id is None and scope.api_key_id is None and succeeded is None)
@@ -165,7 +166,7 @@ async def _events_of(
 
 
 async def _narrowed(
-    database: Database, vault_id: VaultId, before: EventId, least: EventId, wanted: tuple[object, ...], limit: int
+    database: Reading, vault_id: VaultId, before: EventId, least: EventId, wanted: tuple[object, ...], limit: int
 ) -> Sequence[Row]:
     """Return events with a lesser id than `before` by way of the rollup, which has all but the open ones."""
     minute = id_moment(before).replace(second=0, microsecond=0)
@@ -174,7 +175,7 @@ async def _narrowed(
 
 
 async def scan(
-    database: Database, vault_id: VaultId, scope: Scope, status: Status | None, before: EventId, batch: int
+    database: Reading, vault_id: VaultId, scope: Scope, status: Status | None, before: EventId, batch: int
 ) -> tuple[list[Row], EventId | None]:
     """Return what matches among the next `batch` events of a vault, and where to go on; None at the end.
 

@@ -1,0 +1,43 @@
+"""The rollup's task: it goes on whatever happens, and says how far the sums are."""
+
+import trio
+
+from callora.actors.rollup import Rollup
+from callora.metrics import Metrics
+from callora.store.bridge import Database, open_database
+from callora.store.rollup import EPOCH
+from tests.simulation.ledgers import TestClock
+from tests.simulation.support import Log
+
+
+def lag(metrics: Metrics) -> float:
+    value: float = metrics.usage_rollup_lag_seconds._value.get()
+    return value
+
+
+async def test_the_lag_is_the_age_of_the_latest_pass_whoever_made_it(database: Database) -> None:
+    clock, metrics, log = TestClock(), Metrics(), Log()
+    rollups = [Rollup(database, clock, metrics, log.logger(), interval_seconds=60) for _ in range(2)]
+    assert await rollups[0].make_pass() is not None
+    rollups[0]._show_lag()
+    assert lag(metrics) == 0
+    clock.advance(50)
+    rollups[0]._show_lag()
+    assert lag(metrics) == 50
+    async with database.transaction() as other:
+        await other.fetch("SELECT * FROM usage_rollup FOR UPDATE")
+        assert await rollups[1].make_pass() is None
+    rollups[1]._show_lag()
+    assert lag(metrics) == 50
+
+
+async def test_a_database_without_the_tables_is_waited_for(empty_database_url: str) -> None:
+    log = Log()
+    async with open_database(empty_database_url) as database, trio.open_nursery() as nursery:
+        rollup = Rollup(database, TestClock(), Metrics(), log.logger(), interval_seconds=0.001)
+        await nursery.start(rollup.run)
+        with trio.fail_after(10):
+            while log.events.count("rollup_failed") < 2:  # noqa: ASYNC110 - the log sets no event
+                await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert rollup._as_of == EPOCH
