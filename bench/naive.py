@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import asyncpg
-import httpx  # noqa: ASYNC127 - the client that the comparison is about
+import httpx
 import trio
 import trio_asyncio
 from hypercorn.config import Config

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import httpx  # noqa: ASYNC127 - its fork is no dependency of ours
+import httpx
 import jwt
 import psutil
 import pytest

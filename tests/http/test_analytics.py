@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 
-import httpx  # noqa: ASYNC127 - the client that is locked
+import httpx
 import pytest
 
 from callora.http.rest.periods import Span, bucket_of

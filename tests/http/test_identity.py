@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from ipaddress import ip_network
 from typing import Any
 
-import httpx  # noqa: ASYNC127 - its fork is no dependency of ours
+import httpx
 import jwt
 import pytest
 import trio

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
-import httpx  # noqa: ASYNC127 - what the tests' REST client is made of
+import httpx
 import jwt
 import pytest
 import trio

@@ -53,14 +53,17 @@ async def broken() -> None:
 
 
 async def nobody(_: str) -> UserId:
+    await trio.lowlevel.checkpoint()
     raise AssertionError("a probe asks for nobody")
 
 
 async def never_alive(_: str, __: UserId) -> bool:
+    await trio.lowlevel.checkpoint()
     raise AssertionError("a probe asks for no session")
 
 
 async def not_audited(*_: object) -> None:
+    await trio.lowlevel.checkpoint()
     raise AssertionError("a probe is not audited")
 
 

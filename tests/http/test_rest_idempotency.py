@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
 
-import httpx  # noqa: ASYNC127 - what the tests' REST client is made of
+import httpx
 import pytest
 import trio
 

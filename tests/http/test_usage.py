@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-import httpx  # noqa: ASYNC127 - the client that is locked
+import httpx
 import trio
 
 from callora.ledger.commands import Refund

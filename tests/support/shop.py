@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
-import httpx  # noqa: ASYNC127 - what the REST client is made of
+import httpx
 import trio
 
 from callora.ledger.ids import ApiId

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
-import httpx  # noqa: ASYNC127 - its fork is no dependency of ours
+import httpx
 import trio
 from stellar_sdk import Keypair, TransactionEnvelope
 
