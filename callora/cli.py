@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
 from functools import partial
@@ -64,14 +64,27 @@ def _logs(settings: Settings, clock: SystemClock) -> Logs:
 def _run(main: Callable[[], Awaitable[int]]) -> NoReturn:
     try:
         code = trio.run(main)
-    except* (CalloraFault, OSError, StatementRejected) as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        if isinstance(error, StatementRejected) and error.sqlstate != _UNDEFINED_TABLE:
+    except Exception as raised:  # not `except*`: leaving the process from there raises a group on Python 3.11.2
+        leaves = list(_leaves(raised))
+        if not all(map(_tellable, leaves)):
             raise
-        _fail(f"callora: {_said(error)}", 1)
+        _fail(f"callora: {_said(leaves[0])}", 1)
     sys.exit(code)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for member in error.exceptions:
+            yield from _leaves(member)
+    else:
+        yield error
+
+
+def _tellable(error: BaseException) -> bool:
+    """Tell whether a line says enough of an error; of what else goes wrong the traceback is wanted."""
+    if isinstance(error, StatementRejected):
+        return error.sqlstate == _UNDEFINED_TABLE
+    return isinstance(error, CalloraFault | OSError)
 
 
 def _said(error: BaseException) -> str:
