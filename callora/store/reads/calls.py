@@ -84,6 +84,7 @@ WITH lines AS MATERIALIZED (
             WHERE vault_id = $1 AND api_key_id = l.api_key_id AND endpoint_id = l.endpoint_id
                 AND minute >= greatest(l.day, $4) AND minute < least(l.day + interval '24 hours', $5, $11)
                 AND {matching} > 0
+            OFFSET 0
         ) AS m
         WHERE coalesce(days.later, 0) < $10::bigint
     ) AS counted GROUP BY minute
@@ -93,7 +94,8 @@ WITH lines AS MATERIALIZED (
         WHERE u.vault_id = $1 AND u.event_id < $2
             AND u.event_id >= {_least_id_sql("minutes.minute - $9::interval")}
             AND u.event_id < {_least_id_sql("minutes.minute + interval '1 minute'")}
-            AND u.created_at >= minutes.minute AND u.created_at < minutes.minute + interval '1 minute'
+            AND date_trunc('minute', u.created_at, 'UTC') = minutes.minute  -- not by the BRIN, which is far coarser
+        OFFSET 0  -- a minute at a time, never the whole vault at once
     ) AS u
     WHERE coalesce(minutes.later, 0) < $10::bigint
     UNION
