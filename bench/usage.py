@@ -146,7 +146,7 @@ def _pages(now: datetime) -> dict[str, Page]:
         "large: sums of 30 days by day": summed(30, "day"),
         "large: sums of 30 days of a rare API": summed(30, "day", api_id=rare),
         "large: sums of 90 days by month": summed(90, "month"),
-        "large: sums of 7 days by hour": summed(7, "hour"),
+        "large: sums of 2 days by hour": summed(2, "hour"),
         "large: sums of 24 hours by hour": summed(1, "hour"),
         "large: 30 days by endpoint": lambda database: reads.by_endpoint(database, scope(30), PAGE),
         "large: a key by day, 365 days": lambda database: reads.key_days(database, large[0], key, today - 365 * _DAY),

@@ -168,6 +168,7 @@ CREATE TABLE usage_minutes (
 ) WITH (fillfactor = 80);
 -- Where in a vault an endpoint was called with a key, newest first: how a list finds what matches seldom.
 CREATE INDEX usage_minutes_lines ON usage_minutes (vault_id, api_key_id, endpoint_id, minute);
+CREATE INDEX usage_minutes_failed ON usage_minutes (vault_id, api_key_id, endpoint_id, minute) WHERE failed_calls > 0;
 
 -- The same by day in UTC, moved by what a pass changed in usage_minutes, in its transaction: for a vault in full, for a
 -- developer by endpoint and by caller, a vault's whole, and everyone's. A month of a busy vault has too many minutes to

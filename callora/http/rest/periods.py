@@ -13,7 +13,7 @@ from callora.store.reads.usage import Unit
 MINUTE: Final = timedelta(minutes=1)
 DAY: Final = timedelta(days=1)
 PERIOD_MAX: Final = timedelta(days=366)
-HOURLY_MAX: Final = timedelta(days=7)
+HOURLY_MAX: Final = timedelta(days=2)
 """The longest period that is shown by the hour: hours are added up from minutes."""
 EARLIEST: Final = datetime(2000, 1, 1, tzinfo=UTC)
 
@@ -115,7 +115,7 @@ def span_of(asked: Asked, now: datetime, default: timedelta, unit: Unit = "day")
     if until - since > PERIOD_MAX:
         raise invalid("query.from", "Must be at most 366 days before `to`", "TOO_SMALL")
     if unit == "hour" and until - since > HOURLY_MAX:
-        raise invalid("query.from", "Must be at most 7 days before `to` where groupBy is hour", "TOO_SMALL")
+        raise invalid("query.from", "Must be at most 2 days before `to` where groupBy is hour", "TOO_SMALL")
     return Span(since, until)
 
 

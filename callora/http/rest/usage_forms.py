@@ -56,7 +56,7 @@ class UsageQuery(ScopeQuery):
     status: Literal["success", "error"] | None = Field(
         default=None, description="Only such events; `stats` describe all. An error had no answer, or one from 400 on."
     )
-    groupBy: GroupBy = Field(default="day", description="What `stats.buckets` are; hours for 7 days at most.")
+    groupBy: GroupBy = Field(default="day", description="What `stats.buckets` are; hours for 2 days at most.")
     limit: Limit = Field(default=20, description="Events on a page.")
     cursor: Cursor | None = None
 
@@ -64,7 +64,7 @@ class UsageQuery(ScopeQuery):
 class AggregateQuery(ScopeQuery):
     """Sums by time."""
 
-    groupBy: GroupBy = Field(default="hour", description="Hours for 7 days at most.")
+    groupBy: GroupBy = Field(default="hour", description="Hours for 2 days at most.")
 
 
 class ByEndpointQuery(ScopeQuery):

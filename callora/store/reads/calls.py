@@ -49,7 +49,8 @@ FROM last LEFT JOIN shown u ON true LEFT JOIN api_endpoints e ON e.endpoint_id =
 ORDER BY u.event_id DESC
 """  # noqa: S608 - names of ours
 
-_MATCHING: Final = "CASE WHEN $8::boolean IS NULL THEN calls WHEN $8 THEN calls - failed_calls ELSE failed_calls END"
+_MATCHING: Final[dict[bool | None, str]] = {None: "calls", True: "calls - failed_calls", False: "failed_calls"}
+"""What of a line of the rollup matches: all, what went well, what failed. Spelt out, so that an index can be by it."""
 
 
 def _least_id_sql(moment: str) -> str:
@@ -62,11 +63,13 @@ def _later(column: str, apart: str) -> str:
     return f"ORDER BY {column} DESC RANGE BETWEEN UNBOUNDED PRECEDING AND interval '{apart}' PRECEDING"
 
 
-_NARROWED: Final = f"""
+def _narrowed_sql(matching: str) -> str:
+    """Return the SQL of a list by way of the rollup."""
+    return f"""
 WITH lines AS MATERIALIZED (
-    SELECT day, api_key_id, endpoint_id, {_MATCHING} AS matching FROM usage_days
+    SELECT day, api_key_id, endpoint_id, {matching} AS matching FROM usage_days
     WHERE vault_id = $1 AND day >= date_trunc('day', $4::timestamptz, 'UTC') AND day < $11::timestamptz
-        AND ($6::bigint IS NULL OR api_id = $6) AND ($7::uuid IS NULL OR api_key_id = $7) AND {_MATCHING} > 0
+        AND ($6::bigint IS NULL OR api_id = $6) AND ($7::uuid IS NULL OR api_key_id = $7) AND {matching} > 0
 ), days AS (
     SELECT day, sum(sum(sure)) OVER ({_later("day", "2 days")}) AS later FROM (
         SELECT day, CASE WHEN day >= $4::timestamptz AND day + interval '24 hours' <= least($5::timestamptz, $12)
@@ -77,11 +80,13 @@ WITH lines AS MATERIALIZED (
     SELECT minute, sum(sum(sure)) OVER ({_later("minute", "3 minutes")}) AS later FROM (
         SELECT m.minute, CASE WHEN m.minute < $12::timestamptz THEN m.matching ELSE 0 END AS sure
         FROM days JOIN lines l ON l.day = days.day CROSS JOIN LATERAL (
-            SELECT minute, {_MATCHING} AS matching FROM usage_minutes
+            SELECT minute, {matching} AS matching FROM usage_minutes
             WHERE vault_id = $1 AND api_key_id = l.api_key_id AND endpoint_id = l.endpoint_id
                 AND minute >= greatest(l.day, $4) AND minute < least(l.day + interval '24 hours', $5, $11)
+                AND {matching} > 0
+            OFFSET 0
         ) AS m
-        WHERE coalesce(days.later, 0) < $10::bigint AND m.matching > 0
+        WHERE coalesce(days.later, 0) < $10::bigint
     ) AS counted GROUP BY minute
 ), found AS (
     SELECT u.* FROM minutes CROSS JOIN LATERAL (
@@ -89,7 +94,8 @@ WITH lines AS MATERIALIZED (
         WHERE u.vault_id = $1 AND u.event_id < $2
             AND u.event_id >= {_least_id_sql("minutes.minute - $9::interval")}
             AND u.event_id < {_least_id_sql("minutes.minute + interval '1 minute'")}
-            AND u.created_at >= minutes.minute AND u.created_at < minutes.minute + interval '1 minute'
+            AND date_trunc('minute', u.created_at, 'UTC') = minutes.minute  -- not by the BRIN, which is far coarser
+        OFFSET 0  -- a minute at a time, never the whole vault at once
     ) AS u
     WHERE coalesce(minutes.later, 0) < $10::bigint
     UNION
@@ -100,6 +106,9 @@ WITH lines AS MATERIALIZED (
 )
 SELECT {_SHOWN} FROM shown u LEFT JOIN api_endpoints e ON e.endpoint_id = u.endpoint_id ORDER BY u.event_id DESC
 """  # noqa: S608 - names of ours
+
+
+_NARROWED: Final = {succeeded: _narrowed_sql(matching) for succeeded, matching in _MATCHING.items()}
 
 
 def least_id(moment: datetime) -> EventId:
@@ -160,18 +169,24 @@ async def _events_of(
                 counted_below = least_id((await rollup_extent(database)).done_until)
             if reached <= counted_below:
                 missing = limit - len(found)
-                found += await _narrowed(database, vault_id, reached, least, wanted, missing)
+                found += await _narrowed(database, vault_id, reached, least, wanted, succeeded, missing)
                 break
     return found
 
 
 async def _narrowed(
-    database: Reading, vault_id: VaultId, before: EventId, least: EventId, wanted: tuple[object, ...], limit: int
+    database: Reading,
+    vault_id: VaultId,
+    before: EventId,
+    least: EventId,
+    wanted: tuple[object, ...],
+    succeeded: bool | None,
+    limit: int,
 ) -> Sequence[Row]:
     """Return events with a lesser id than `before` by way of the rollup, which has all but the open ones."""
     minute = id_moment(before).replace(second=0, microsecond=0)
     reach = minute + ID_SLACK + timedelta(minutes=1)
-    return await database.fetch(_NARROWED, vault_id, before, least, *wanted, ID_SLACK, limit, reach, minute)
+    return await database.fetch(_NARROWED[succeeded], vault_id, before, least, *wanted, ID_SLACK, limit, reach, minute)
 
 
 async def scan(

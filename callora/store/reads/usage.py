@@ -170,7 +170,7 @@ async def sums(database: Reading, scope: Scope, unit: Unit) -> Sums:
     """Return a scope's totals, by API, and by bucket of time in UTC; weeks begin on Monday.
 
     Args:
-        unit: with `hour` every minute of the scope is read, so it should be a week at most.
+        unit: with `hour` every minute of the scope is read, so it should be two days at most.
     """
     rows = await database.fetch(_SUMS, *_pieces(scope, by_minute=unit == "hour"), unit)
     # `level` has a bit for each column that the row is not grouped by
