@@ -61,3 +61,9 @@ async def market(database_url: str, environ: Mapping[str, str] | None = None) ->
     async with running_service(database_url, settings) as service, rest_client(service) as client:
         ada, eve = await person(service, client, "Ada"), await person(service, client, "Eve")
         yield Market(service, client, ada, eve, anonymous(client), admin(client))
+
+
+async def counts(made: Market) -> list[int]:
+    """Return how many APIs, endpoints and prices are stored."""
+    tables = ("apis", "api_endpoints", "endpoint_prices")
+    return [await made.service.database.fetch_value(f"SELECT count(*) FROM {table}") for table in tables]
