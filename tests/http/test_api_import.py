@@ -241,7 +241,7 @@ async def test_a_document_has_its_bounds(database_url: str) -> None:
         body = json.dumps(document())[:-1] + ', "x-deep": ' + "[" * 5000 + "]" * 5000 + "}"
         raw = f'{{"document": {body}, "prices": {{}}}}'.encode()
         headers = {**made.ada.headers, "Content-Type": "application/json"}
-        response = await made.client.post(OPENAPI, content=raw, headers=headers)
+        response = await made.ada.client.post(OPENAPI, content=raw, headers=headers)
         assert (response.status_code, response.json()["code"]) == (400, "VALIDATION_ERROR")
 
 

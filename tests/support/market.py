@@ -5,7 +5,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import attrs
-import httpx
 
 from tests.support.rest import ADMIN_KEY, Person, Told, admin, anonymous, person, rest_client
 from tests.support.service import Consumer, RunningService, running_service
@@ -29,7 +28,6 @@ class Market:
     """Who there is."""
 
     service: RunningService
-    client: httpx.AsyncClient
     ada: Person
     """A developer."""
     eve: Person
@@ -46,7 +44,7 @@ class Market:
 
     async def call(self, consumer: Consumer, path: str, method: str = "GET") -> Told:
         """Call an API through the gateway."""
-        return await Person(self.client, {"X-Api-Key": consumer.api_key}).ask(method, f"/v1/call/{path}")
+        return await Person(self.ada.client, {"X-Api-Key": consumer.api_key}).ask(method, f"/v1/call/{path}")
 
 
 @asynccontextmanager
@@ -60,4 +58,10 @@ async def market(database_url: str, environ: Mapping[str, str] | None = None) ->
     }
     async with running_service(database_url, settings) as service, rest_client(service) as client:
         ada, eve = await person(service, client, "Ada"), await person(service, client, "Eve")
-        yield Market(service, client, ada, eve, anonymous(client), admin(client))
+        yield Market(service, ada, eve, anonymous(client), admin(client))
+
+
+async def counts(made: Market) -> list[int]:
+    """Return how many APIs, endpoints and prices are stored."""
+    tables = ("apis", "api_endpoints", "endpoint_prices")
+    return [await made.service.database.fetch_value(f"SELECT count(*) FROM {table}") for table in tables]
