@@ -38,6 +38,7 @@ from callora.http.gateway.admission import Admission
 from callora.http.gateway.calls import CallFlow, CallSettings
 from callora.http.gateway.client import TimeLimits
 from callora.http.gateway.listener import Listener, open_listener
+from callora.http.gateway.poller import Poller
 from callora.http.gateway.upstream import Upstreams
 from callora.http.rest.app import create_app, serve_rest
 from callora.http.rest.deps import RestDeps
@@ -211,6 +212,7 @@ async def serve(
     """
     settings, log = context.settings, context.logs.logger("service")
     listener_socket = open_listener(settings.host, settings.port, shared=shared_port)
+    poller = Poller()
     last_resort = threading.Timer(settings.drain_timeout_seconds + LAST_RESORT_SECONDS, os._exit, (1,))
     last_resort.daemon = True
     try:
@@ -218,7 +220,7 @@ async def serve(
         async with open_ledger(context, dsn, budget) as ledger, trio.open_nursery() as jobs:
             if prepare is not None:
                 await prepare(ledger)
-            parts = await _start_parts(context, ledger, jobs, flow_class, budget)
+            parts = await _start_parts(context, ledger, poller, jobs, flow_class, budget)
             async with trio.open_nursery() as serving:
                 await serving.start(parts.rest.run)
                 await serving.start(parts.listener.run, [listener_socket])
@@ -237,6 +239,7 @@ async def serve(
     finally:
         last_resort.cancel()
         listener_socket.close()
+        poller.close()
 
 
 async def _drain(parts: "_Parts", budget: Budget, serving: trio.Nursery, log: FilteringBoundLogger) -> None:
@@ -264,7 +267,12 @@ class _Parts:
 
 
 async def _start_parts(
-    context: Context, ledger: Ledger, jobs: trio.Nursery, flow_class: type[CallFlow], budget: Budget
+    context: Context,
+    ledger: Ledger,
+    poller: Poller,
+    jobs: trio.Nursery,
+    flow_class: type[CallFlow],
+    budget: Budget,
 ) -> _Parts:
     """Make the parts, and start those that run beside the calls."""
     settings, metrics, logs = context.settings, context.metrics, context.logs
@@ -283,9 +291,10 @@ async def _start_parts(
         settings.catalogue_refresh_seconds,
         lambda used: note_use(ledger.database, used, context.clock.now()),
     )
+    jobs.start_soon(poller.run)
     policy = AddressPolicy(settings.upstream_allowed_hosts, settings.upstream_allowed_networks)
     resolver = Resolver(policy, jobs, deadline_seconds=settings.proxy_connect_timeout_seconds)
-    upstreams = Upstreams(resolver, ssl.create_default_context(), settings.upstream_pool_max)
+    upstreams = Upstreams(poller, resolver, ssl.create_default_context(), settings.upstream_pool_max)
     compensator = Compensator(ledger.registry, logs.logger("compensation"))
     admission = Admission(
         catalogue=catalogue,
@@ -316,6 +325,7 @@ async def _start_parts(
     rest = _Rest(context, ledger, admission, housekeeping, budget)
     listener = Listener(
         flow=flow,
+        poller=poller,
         rest_path=rest.path,
         tls=_server_tls(settings),
         limits=TimeLimits(

@@ -152,15 +152,13 @@ class Exchange:
             self._client.wait_for("upstream", answer_seconds)
         buffer = b""
         start = 0
-        receive = connection.wire.receive_later
         while True:
             try:
-                data = await receive()
+                data = await connection.wire.receive()
             except WireBroken as error:
                 raise self._fault(error) from error
             if not data:
                 raise self._fault(None)
-            receive = connection.wire.receive
             buffer += data
             try:
                 while buffer and (end := find_response_head_end(buffer, start)) >= 0:
