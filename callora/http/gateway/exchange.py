@@ -63,6 +63,7 @@ class Exchange:
     """One request and its answer."""
 
     __slots__ = (
+        "_bodiless",
         "_body",
         "_client",
         "_connection",
@@ -259,13 +260,10 @@ class Exchange:
         if connection is not None:
             connection.pool.discard(connection)
 
-    @property
-    def _bodiless(self) -> bool:
-        return self.answer.bodiless(self._request.method)
-
     def _accept(self, answer: ResponseHead, rest: bytes) -> None:
         self.answer = answer
-        if answer.bodiless(self._request.method):
+        self._bodiless = answer.bodiless(self._request.method)
+        if self._bodiless:
             self._reader = LengthReader(0)
         elif answer.chunked:
             self._reader = ChunkedReader(response=True)
