@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal
@@ -34,6 +33,7 @@ from callora.ledger.money import parse_usdc
 from callora.ledger.outcomes import HoldClosed, HoldPlaced
 from callora.logs import Logs
 from callora.metrics import Metrics
+from callora.service import SystemClock
 from callora.store.bridge import open_database
 from callora.store.vaults import LINE_SETTINGS, VaultStore
 
@@ -102,23 +102,16 @@ class Calls:
     """Calls that ended at all, which is what the books must say."""
 
 
-class _Dates:
-    """The wall clock of the measured process."""
-
-    def now(self) -> datetime:
-        return datetime.now(UTC)
-
-
 @asynccontextmanager
 async def _registry(dsn: str) -> AsyncIterator[VaultRegistry]:
     """Run writer and registry as the service does: every actor has ended before the writer stops."""
-    metrics, logs = Metrics(), Logs(_Dates(), level="warning", as_json=False)
+    metrics, logs = Metrics(), Logs(SystemClock(), level="warning", as_json=False)
     async with (
         open_database(dsn) as database,
         database.line(LINE_SETTINGS) as line,
         trio.open_nursery() as writing,
     ):
-        store = VaultStore(database, line, _Dates(), _COMMIT_SECONDS_MAX)
+        store = VaultStore(database, line, SystemClock(), _COMMIT_SECONDS_MAX)
         writer = Writer(store, metrics, logs.logger("writer"), _ROUND_COMMANDS_MAX)
         registry = VaultRegistry(
             store, writer, metrics, logs.logger("registry"), random.Random(), no_policies, _MAILBOX_COMMANDS_MAX
@@ -142,7 +135,7 @@ async def run_rounds(dsn: str, vault_ids: Sequence[str], *, callers: int, second
         seconds: how long to count, once every vault was called and half a second has passed.
     """
     price = parse_usdc(PRICE_USDC)
-    ids = Ids(_Dates(), os.urandom)
+    ids = Ids(SystemClock(), os.urandom)
     charged = Charged(ApiKeyId(_NOBODY), DeveloperId(_NOBODY), ApiId(1), EndpointId(1), 1)
     delivery = Delivery("delivered", 200, 1000, 0, 17)
     async with _registry(dsn) as registry:
@@ -167,7 +160,7 @@ async def run_transactions(dsn: str, vault_ids: Sequence[str], *, callers: int, 
         seconds: how long to count, once every vault was called and half a second has passed.
     """
     price = parse_usdc(PRICE_USDC)
-    ids = Ids(_Dates(), os.urandom)
+    ids = Ids(SystemClock(), os.urandom)
     async with open_database(dsn, pool_max=_POOL_CONNECTIONS) as database:
 
         async def call(vault_id: str) -> None:

@@ -12,6 +12,7 @@ import socket
 import ssl
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -40,6 +41,7 @@ from callora.http.gateway.admission import Admission
 from callora.http.gateway.calls import CallFlow, CallSettings
 from callora.http.gateway.client import TimeLimits
 from callora.http.gateway.listener import Listener, open_listener
+from callora.http.gateway.poller import Poller
 from callora.http.gateway.tokens import AccessTokens
 from callora.http.gateway.upstream import Upstreams
 from callora.http.rest.app import create_app, largest_body_bytes, serve_rest
@@ -81,6 +83,10 @@ class SystemClock:
     def now(self) -> datetime:
         """Return the present instant."""
         return datetime.now(UTC)
+
+    def timestamp(self) -> float:
+        """Return it in seconds since 1970."""
+        return time.time()
 
 
 @attrs.frozen
@@ -214,6 +220,7 @@ async def serve(
     """
     settings, log = context.settings, context.logs.logger("service")
     listener_socket = open_listener(settings.host, settings.port, shared=shared_port)
+    poller = Poller()
     last_resort = threading.Timer(settings.drain_timeout_seconds + LAST_RESORT_SECONDS, os._exit, (1,))
     last_resort.daemon = True
     try:
@@ -222,7 +229,7 @@ async def serve(
             if prepare is not None:
                 await prepare(ledger)
             port: int = listener_socket.getsockname()[1]
-            parts = await _start_parts(context, ledger, jobs, flow_class, budget, port)
+            parts = await _start_parts(context, ledger, poller, jobs, flow_class, budget, port)
             async with trio.open_nursery() as serving:
                 await serving.start(parts.rest.run)
                 await serving.start(parts.listener.run, [listener_socket])
@@ -241,6 +248,7 @@ async def serve(
     finally:
         last_resort.cancel()
         listener_socket.close()
+        poller.close()
 
 
 async def _drain(parts: "_Parts", budget: Budget, serving: trio.Nursery, log: FilteringBoundLogger) -> None:
@@ -268,7 +276,13 @@ class _Parts:
 
 
 async def _start_parts(
-    context: Context, ledger: Ledger, jobs: trio.Nursery, flow_class: type[CallFlow], budget: Budget, port: int
+    context: Context,
+    ledger: Ledger,
+    poller: Poller,
+    jobs: trio.Nursery,
+    flow_class: type[CallFlow],
+    budget: Budget,
+    port: int,
 ) -> _Parts:
     """Make the parts, and start those that run beside the calls."""
     settings, metrics, logs = context.settings, context.metrics, context.logs
@@ -287,9 +301,10 @@ async def _start_parts(
         settings.catalogue_refresh_seconds,
         lambda used: note_use(ledger.database, used, context.clock.now()),
     )
+    jobs.start_soon(poller.run)
     policy = AddressPolicy(settings.upstream_allowed_hosts, settings.upstream_allowed_networks)
     resolver = Resolver(policy, jobs, deadline_seconds=settings.proxy_connect_timeout_seconds)
-    upstreams = Upstreams(resolver, ssl.create_default_context(), settings.upstream_pool_max)
+    upstreams = Upstreams(poller, resolver, ssl.create_default_context(), settings.upstream_pool_max)
     compensator = Compensator(ledger.registry, logs.logger("compensation"))
     budgets = Budgets(ledger.database, logs.logger("budgets"))
     admission = Admission(
@@ -336,6 +351,7 @@ async def _start_parts(
     rest = _Rest(context, desk, housekeeping, budget)
     listener = Listener(
         flow=flow,
+        poller=poller,
         rest_path=rest.path,
         tls=_server_tls(settings),
         limits=TimeLimits(

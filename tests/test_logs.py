@@ -19,6 +19,9 @@ class FixedClock:
     def now(self) -> datetime:
         return datetime(2026, 11, 21, 10, 9, 8, 7654, tzinfo=UTC)
 
+    def timestamp(self) -> float:
+        return self.now().timestamp()
+
 
 class StuckStream(io.StringIO):
     """A stream whose reader has stopped reading."""

@@ -34,11 +34,12 @@ class KeyPace:
     user: _User
     running: int = 0
 
-    def tighter(self) -> tuple[str, SlidingLog]:
-        """Return which of the key's and its user's limits admits fewer calls now, and its log."""
-        if self.log.remaining <= self.user.log.remaining:
-            return "key", self.log
-        return "user", self.user.log
+    def tighter(self) -> tuple[str, SlidingLog, int]:
+        """Return which of the key's and its user's limits admits fewer calls now, its log, and how many it admits."""
+        by_key, by_user = self.log.remaining, self.user.log.remaining
+        if by_key <= by_user:
+            return "key", self.log, by_key
+        return "user", self.user.log, by_user
 
 
 class Limiter:

@@ -116,7 +116,7 @@ class VaultRegistry:
                 self._start,
                 self._states.pop(vault_id, None),
             )
-        elif actor.backlog >= self._mailbox_commands_max and not isinstance(envelope.command, CloseHold):
+        elif not isinstance(envelope.command, CloseHold) and actor.backlog >= self._mailbox_commands_max:
             return Overloaded()
         actor.idle_sweeps = 0
         actor.send(envelope)

@@ -15,7 +15,7 @@ import trio
 
 from callora.actors.mailbox import Envelope
 from callora.actors.writer import LedgerStore, Stake, Writer
-from callora.ledger.commands import CloseHold, LockedCommand, PlaceHold
+from callora.ledger.commands import CloseHold, LockedCommand, PlaceHold, RoundCommand
 from callora.ledger.faults import CalloraFault, OutcomeUnknown, StoreConflict, StoreRefused, StoreUnavailable
 from callora.ledger.ids import EventId, VaultId
 from callora.ledger.money import Stroops
@@ -140,7 +140,7 @@ class VaultActor:
             or self._hand
             or self._doubted
             or self._again
-            or not isinstance(command, PlaceHold | CloseHold)
+            or not isinstance(command, RoundCommand)
             or not self._decide_at_once(envelope, command)
         ):
             self.depth += 1
@@ -167,7 +167,7 @@ class VaultActor:
         if self._outbox is not None:
             self._outbox.close()
 
-    def _decide_at_once(self, envelope: Envelope, command: PlaceHold | CloseHold) -> bool:
+    def _decide_at_once(self, envelope: Envelope, command: RoundCommand) -> bool:
         try:
             return self._decide(envelope, command, final=False)
         except Exception:
@@ -309,7 +309,7 @@ class VaultActor:
         while self._hand:
             envelope = self._hand[0]
             command = envelope.command
-            if not isinstance(command, PlaceHold | CloseHold):
+            if not isinstance(command, RoundCommand):
                 await self._carry_out(envelope, command)
             elif isinstance(command, CloseHold) and command.event_id in self._placing:
                 # Also one that is to be looked up: the store cannot know yet of a hold that has lost a round.
@@ -372,7 +372,7 @@ class VaultActor:
     async def _pause(self) -> None:
         await trio.sleep(RETRY_PAUSE_SECONDS * (0.5 + self._random.random()))
 
-    def _decide(self, envelope: Envelope, command: PlaceHold | CloseHold, *, final: bool) -> bool:
+    def _decide(self, envelope: Envelope, command: RoundCommand, *, final: bool) -> bool:
         """Decide one command on the cached state; return False for a refusal that wants a state read anew."""
         state = self.state
         assert state is not None
@@ -444,7 +444,7 @@ class VaultActor:
         else:
             envelope.reply.resolve(HoldNotOpen(None if event is None or event.state == "held" else event.state))
 
-    async def _store_locked(self, envelope: Envelope, command: PlaceHold | CloseHold) -> None:
+    async def _store_locked(self, envelope: Envelope, command: RoundCommand) -> None:
         """Store one command that keeps losing, decided while the vault's row is locked."""
         await self._settle()
         self.state = None
@@ -544,18 +544,18 @@ class VaultActor:
             # Any one of the attempts may have been stored, whatever the last one came to.
             envelope.reply.fail(OutcomeUnknown(f"not known after {CLOSE_RETRY_SECONDS} s: {fault}"))
 
-    def _forget_placing(self, command: PlaceHold) -> list[Envelope]:
+    def _forget_placing(self, command: PlaceHold) -> Sequence[Envelope]:
         self._placing.discard(command.event_id)
         if command.claim is not None and self._claiming.get(command.claim.key) == command.event_id:
             del self._claiming[command.claim.key]
         return self._follow(command.event_id)
 
-    def _forget_closing(self, command: CloseHold) -> list[Envelope]:
+    def _forget_closing(self, command: CloseHold) -> Sequence[Envelope]:
         self._closing.discard(command.event_id)
         return self._follow(command.event_id)
 
-    def _follow(self, event_id: EventId) -> list[Envelope]:
-        return self._followers.pop(event_id, [])
+    def _follow(self, event_id: EventId) -> Sequence[Envelope]:
+        return self._followers.pop(event_id, ()) if self._followers else ()
 
 
 def _told(fault: CalloraFault) -> CalloraFault:

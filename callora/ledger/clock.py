@@ -10,3 +10,7 @@ class Clock(Protocol):
     def now(self) -> datetime:
         """Return the present instant, aware, in UTC."""
         ...
+
+    def timestamp(self) -> float:
+        """Return the same in seconds since 1970: a fraction of the price, where no date is asked for."""
+        ...

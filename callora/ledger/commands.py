@@ -10,9 +10,10 @@ import attrs
 
 from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, EndpointId, EventId
 from callora.ledger.money import Stroops
+from callora.ledger.values import value
 
 
-@attrs.frozen(slots=True)
+@value
 class Charged:
     """What a usage event is charged for: fixed when the hold is placed."""
 
@@ -48,7 +49,7 @@ class StoredAnswer:
     charge: Stroops
 
 
-@attrs.frozen(slots=True)
+@value
 class PlaceHold:
     """Set money aside for one call."""
 
@@ -62,7 +63,7 @@ class PlaceHold:
     claim: IdempotencyClaim | None = None
 
 
-@attrs.frozen(slots=True)
+@value
 class Delivery:
     """What happened to the call, recorded on its usage event."""
 
@@ -75,7 +76,7 @@ class Delivery:
     response_bytes: int | None = None
 
 
-@attrs.frozen(slots=True)
+@value
 class CloseHold:
     """End a hold: capture all or part of it, release it, or let it expire. Repeating a close changes nothing."""
 

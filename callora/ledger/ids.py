@@ -44,7 +44,7 @@ class Ids:
         self._offset = offset + 2 * _ID_BYTES
         noise = self._pool[offset : offset + 2 * _ID_BYTES]
         # Half a microsecond more, as a float of seconds may lie that much below its millisecond.
-        millis = int(self._clock.now().timestamp() * 1000 + 0.0005)
+        millis = int(self._clock.timestamp() * 1000 + 0.0005)
         if millis != self._millis:
             digits = f"{millis:012x}"
             self._millis = millis

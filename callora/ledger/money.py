@@ -42,9 +42,10 @@ def format_usdc(amount: int) -> str:
     Args:
         amount: stroops, any sign (ledger entries are signed).
     """
-    sign = "-" if amount < 0 else ""
-    whole, fraction = divmod(abs(amount), STROOPS_PER_USDC)
-    return f"{sign}{whole}.{fraction:07d}"
+    if amount < 0:
+        return "-" + format_usdc(-amount)
+    whole, fraction = divmod(amount, STROOPS_PER_USDC)
+    return f"{whole}.{fraction:07d}"
 
 
 def div_floor(amount: Stroops, divisor: int) -> Stroops:

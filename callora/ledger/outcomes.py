@@ -9,11 +9,12 @@ import attrs
 
 from callora.ledger.ids import EventId
 from callora.ledger.money import Stroops
+from callora.ledger.values import value
 
 CloseState = Literal["captured", "released", "expired"]
 
 
-@attrs.frozen(slots=True)
+@value
 class HoldPlaced:
     """The hold is durable: its price is out of the available balance until the hold is closed."""
 
@@ -21,7 +22,7 @@ class HoldPlaced:
     """What is left to spend, after this hold."""
 
 
-@attrs.frozen(slots=True)
+@value
 class HoldClosed:
     """The hold is closed, durably and for ever."""
 

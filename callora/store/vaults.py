@@ -8,7 +8,7 @@ the statement's own rows say.
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, cast
 
 import attrs
@@ -171,7 +171,7 @@ SELECT NULL, NULL, NULL, NULL, NULL, NULL, e FROM unnest({events}::uuid[]) AS e
 WHERE e NOT IN (SELECT event_id FROM {done})"""
 
 _PARAMETER: Final = re.compile(r"(?<!:)([:@])([a-z_]+)")
-"""`:name` is a parameter, `@name` one that is given as an array literal (`_array`)."""
+"""`:name` is a parameter, `@name` one that is given as an array literal (`_words`, `_numbers`)."""
 
 
 @attrs.frozen
@@ -479,51 +479,59 @@ class VaultStore:
 Columns = dict[str, object]
 
 
-def _array(values: Sequence[str | int | None]) -> str:
-    """Return an array literal of ids, words of ours and numbers, none of which needs quoting.
+# Arrays go as literals of ids, words of ours and numbers, none of which needs quoting. The driver asks of every element
+# of a list whether it is a list itself, which costs more than the round's other work in this process; a text is sent as
+# it is, and PostgreSQL reads it in a fraction of that.
 
-    The driver asks of every element of a list whether it is a list itself, which costs more than the round's other work
-    in this process; a text is sent as it is, and PostgreSQL reads it in a fraction of that.
-    """
+
+def _words(values: Iterable[str]) -> str:
+    return "{" + ",".join(values) + "}"
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return "{" + ",".join(map(str, values)) + "}"
+
+
+def _numbers_or_null(values: Iterable[int | None]) -> str:
     return "{" + ",".join(["NULL" if value is None else str(value) for value in values]) + "}"
 
 
 def _share_columns(shares: Sequence[Share]) -> Columns:
     return {
-        "vaults": _array([share.vault_id for share in shares]),
-        "needs": _array([share.need if share.holds else _NO_HOLDS for share in shares]),
-        "guards": _array([share.decided_version if share.guarded else UNGUARDED for share in shares]),
-        "decided": _array([share.decided_version for share in shares]),
+        "vaults": _words([share.vault_id for share in shares]),
+        "needs": _numbers([share.need if share.holds else _NO_HOLDS for share in shares]),
+        "guards": _numbers([share.decided_version if share.guarded else UNGUARDED for share in shares]),
+        "decided": _numbers([share.decided_version for share in shares]),
     }
 
 
 def _close_columns(closes: Sequence[tuple[int, CloseHold]]) -> Columns:
     deliveries = [close.delivery for _, close in closes]
     return {
-        "close_places": _array([place for place, _ in closes]),
-        "close_events": _array([close.event_id for _, close in closes]),
-        "close_states": _array([close.state for _, close in closes]),
-        "close_amounts": _array([close.amount for _, close in closes]),
-        "close_statuses": _array([delivery.status for delivery in deliveries]),
-        "close_latencies": _array([delivery.latency_us for delivery in deliveries]),
-        "close_requests": _array([delivery.request_bytes for delivery in deliveries]),
-        "close_responses": _array([delivery.response_bytes for delivery in deliveries]),
-        "close_outcomes": _array([delivery.outcome for delivery in deliveries]),
+        "close_places": _numbers([place for place, _ in closes]),
+        "close_events": _words([close.event_id for _, close in closes]),
+        "close_states": _words([close.state for _, close in closes]),
+        "close_amounts": _numbers([close.amount for _, close in closes]),
+        "close_statuses": _numbers_or_null([delivery.status for delivery in deliveries]),
+        "close_latencies": _numbers_or_null([delivery.latency_us for delivery in deliveries]),
+        "close_requests": _numbers_or_null([delivery.request_bytes for delivery in deliveries]),
+        "close_responses": _numbers_or_null([delivery.response_bytes for delivery in deliveries]),
+        "close_outcomes": _words([delivery.outcome for delivery in deliveries]),
     }
 
 
 def _hold_columns(holds: Sequence[tuple[int, PlaceHold]]) -> Columns:
     charged = [hold.charged for _, hold in holds]
     return {
-        "hold_places": _array([place for place, _ in holds]),
-        "hold_events": _array([hold.event_id for _, hold in holds]),
-        "hold_keys": _array([each.api_key_id for each in charged]),
-        "hold_developers": _array([each.developer_id for each in charged]),
-        "hold_apis": _array([each.api_id for each in charged]),
-        "hold_endpoints": _array([each.endpoint_id for each in charged]),
-        "hold_amounts": _array([hold.amount for _, hold in holds]),
-        "hold_versions": _array([each.price_version for each in charged]),
-        "hold_ttls": _array([hold.ttl_seconds for _, hold in holds]),
+        "hold_places": _numbers([place for place, _ in holds]),
+        "hold_events": _words([hold.event_id for _, hold in holds]),
+        "hold_keys": _words([each.api_key_id for each in charged]),
+        "hold_developers": _words([each.developer_id for each in charged]),
+        "hold_apis": _numbers([each.api_id for each in charged]),
+        "hold_endpoints": _numbers([each.endpoint_id for each in charged]),
+        "hold_amounts": _numbers([hold.amount for _, hold in holds]),
+        "hold_versions": _numbers([each.price_version for each in charged]),
+        "hold_ttls": _numbers([hold.ttl_seconds for _, hold in holds]),
     }
 
 

@@ -20,6 +20,9 @@ class FixedClock:
     def now(self) -> datetime:
         return self.at
 
+    def timestamp(self) -> float:
+        return self.at.timestamp()
+
 
 moments = st.integers(10**5, 4 * 10**9).map(lambda seconds: datetime.fromtimestamp(seconds, UTC))
 

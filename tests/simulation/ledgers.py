@@ -33,6 +33,10 @@ class TestClock:
         """Return the instant that the test chose."""
         return self.at
 
+    def timestamp(self) -> float:
+        """Return it in seconds since 1970."""
+        return self.at.timestamp()
+
     def advance(self, seconds: float) -> None:
         """Move on."""
         self.at += timedelta(seconds=seconds)

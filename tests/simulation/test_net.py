@@ -1,6 +1,6 @@
 """The net holds: bugs planted in the actors and the writer are each caught by the simulation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -65,7 +65,7 @@ def reply_before_the_commit(patch: pytest.MonkeyPatch) -> None:
 def forget_that_a_hold_is_on_its_way(patch: pytest.MonkeyPatch) -> None:
     original = VaultActor._forget_placing
 
-    def forget(self: VaultActor, command: PlaceHold) -> list[Envelope]:
+    def forget(self: VaultActor, command: PlaceHold) -> Sequence[Envelope]:
         followers = original(self, command)
         self._placing.add(command.event_id)
         return followers

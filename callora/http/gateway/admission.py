@@ -21,9 +21,10 @@ from callora.http.gateway.heads import RequestHead
 from callora.http.problems import Details
 from callora.ledger.clock import Clock
 from callora.ledger.ids import ApiId
-from callora.ledger.keys import KeyRecord, is_well_formed
+from callora.ledger.keys import KEY_CHARS, KeyRecord, is_well_formed
 from callora.ledger.pricing import AmbiguousPath, ApiRecord, Endpoint, Price
 from callora.ledger.tokens import is_token_shaped
+from callora.ledger.values import value
 from callora.metrics import Metrics
 
 CALL_PREFIX: Final = b"/v1/call/"
@@ -57,7 +58,7 @@ class Refused(Exception):
         """True: the connection ends with the answer."""
 
 
-@attrs.frozen(slots=True, eq=False)
+@value(eq=False)
 class Caller:
     """Who calls."""
 
@@ -66,7 +67,7 @@ class Caller:
     key_in_authorization: bool
 
 
-@attrs.frozen(slots=True, eq=False)
+@value(eq=False)
 class Offer:
     """What is called, and what it costs now."""
 
@@ -151,12 +152,15 @@ class Admission:
         if asks_for_another_protocol(request):
             raise Refused("UPGRADE_NOT_SUPPORTED", close=True)
         text, in_authorization = _presented_key(request)
-        if is_well_formed(text):
-            key = self._catalogue.key_now(text, now) or await self._catalogue.key(text)
-        elif in_authorization and is_token_shaped(text):
-            key = await self._tokens.key(text)
-        else:
-            raise Refused("UNAUTHORIZED", "The API key does not have the form of a key, or is mistyped")
+        # What is kept was well-formed when it was loaded; the length bounds what is hashed.
+        key = self._catalogue.key_now(text, now) if len(text) == KEY_CHARS else None
+        if key is None:
+            if is_well_formed(text):
+                key = await self._catalogue.key(text)
+            elif in_authorization and is_token_shaped(text):
+                key = await self._tokens.key(text)
+            else:
+                raise Refused("UNAUTHORIZED", "The API key does not have the form of a key, or is mistyped")
         if key is None:
             self._missed.value += 1
             raise Refused("UNAUTHORIZED", "The API key is not known")

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import Final, Literal
 
 import attrs
@@ -402,13 +403,9 @@ class CallFlow:
         try:
             await exchange.send(pool, head, whole_body, settings.connect_seconds, settings.answer_seconds)
 
-            if not exchange.streams_request:
-                return await self._answer(call, exchange, claim)
-
-            async def answer() -> bool:
-                return await self._answer(call, exchange, claim)
-
-            return await exchange.while_sending(answer, settings.answer_seconds, lambda: self._keep_hold(call))
+            if exchange.streams_request:
+                return await self._answer_while_sending(call, exchange, claim)
+            return await self._answer(call, exchange, claim)
         except (ConnectFailed, TargetUnresolved) as error:
             call.outcome = "connect_failed"
             raise self._upstream_refusal(call, "BAD_GATEWAY", error, None) from error
@@ -459,6 +456,14 @@ class CallFlow:
             if call.state == "open" and call.caller is not None:
                 extension = ExtendHold(call.event_id, self._settings.hold_ttl_seconds)
                 self._registry.send(call.caller.key.vault_id, Envelope(extension))
+
+    async def _answer_while_sending(self, call: Call, exchange: Exchange, claim: IdempotencyClaim | None) -> bool:
+        """Pass the request's body on beside its answer."""
+
+        async def answer() -> bool:
+            return await self._answer(call, exchange, claim)
+
+        return await exchange.while_sending(answer, self._settings.answer_seconds, lambda: self._keep_hold(call))
 
     async def _answer(self, call: Call, exchange: Exchange, claim: IdempotencyClaim | None) -> bool:
         """Read the answer's head, settle the call, then release the answer."""
@@ -589,15 +594,14 @@ class CallFlow:
         own_ms = (time.perf_counter() - call.started - call.upstream_seconds) * 1000
         if call.caller is None:
             return f"X-Request-Id: {call.request_id}\r\nServer-Timing: callora;dur={own_ms:.2f}\r\n".encode("ascii")
-        which, log = call.caller.pace.tighter()
-        limit, remaining = log.limit, log.remaining
+        which, log, remaining = call.caller.pace.tighter()
+        limit, policy = _limit_lines(which, log.limit, log.window_seconds)
         seconds = math.ceil(log.reset_seconds(trio.current_time()))
         balance = "" if call.balance is None else f"X-Callora-Balance: {format_usdc(call.balance)}\r\n"
         return (
-            f"X-Request-Id: {call.request_id}\r\nX-RateLimit-Limit: {limit}\r\nX-RateLimit-Remaining: {remaining}\r\n"
-            f"X-RateLimit-Reset: {math.ceil(self._clock.now().timestamp()) + seconds}\r\n"
-            f'RateLimit-Policy: "{which}";q={limit};w={log.window_seconds:.0f}\r\n'
-            f'RateLimit: "{which}";r={remaining};t={seconds}\r\n'
+            f"X-Request-Id: {call.request_id}\r\n{limit}X-RateLimit-Remaining: {remaining}\r\n"
+            f"X-RateLimit-Reset: {math.ceil(self._clock.timestamp()) + seconds}\r\n"
+            f'{policy}RateLimit: "{which}";r={remaining};t={seconds}\r\n'
             f"X-Callora-Charge: {format_usdc(call.charge)}\r\n{balance}Server-Timing: callora;dur={own_ms:.2f}\r\n"
         ).encode("ascii")
 
@@ -617,6 +621,12 @@ class CallFlow:
             labels = (str(call.offer.api.api_id), call.request.method, str(status), outcome)
             self._metrics.upstream_requests.of(*labels).inc()
             self._metrics.upstream_seconds.of(*labels).observe(time.perf_counter() - call.upstream_started)
+
+
+@lru_cache(maxsize=1024)
+def _limit_lines(which: str, limit: int, window_seconds: float) -> tuple[str, str]:
+    """Return the header lines that say what a limit is, which are few."""
+    return f"X-RateLimit-Limit: {limit}\r\n", f'RateLimit-Policy: "{which}";q={limit};w={window_seconds:.0f}\r\n'
 
 
 def _fingerprint(key: KeyRecord, request: RequestHead, body: bytes) -> bytes:

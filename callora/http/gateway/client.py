@@ -1,6 +1,5 @@
 """A client's connection: requests one after the other, answers, time limits, and noticing that it has gone."""
 
-import select
 from typing import Final, Literal
 
 import trio
@@ -58,7 +57,7 @@ class Ticker:
 
 
 class ClientConnection:
-    """One accepted connection. The listener's sweeper and watcher touch only `expire` and `hung_up`."""
+    """One accepted connection. The listener's sweeper and the poller touch only `expire` and `hung_up`."""
 
     __slots__ = (
         "_ticker",
@@ -76,6 +75,7 @@ class ClientConnection:
     def __init__(self, wire: Wire, peer: str, limits: TimeLimits, ticker: Ticker) -> None:
         self._ticker = ticker
         self.wire = wire
+        wire.watch.on_end = self.hung_up
         self.peer = peer
         """The address the connection came from."""
         self.limits = limits
@@ -89,7 +89,7 @@ class ClientConnection:
         self.upstream: UpstreamConnection | None = None
         """The upstream connection of the request in hand."""
 
-    # Told by the listener, between checkpoints.
+    # Told by the listener and the poller, between checkpoints.
 
     def expire(self) -> None:
         """Give up whoever is waited for."""
@@ -105,7 +105,11 @@ class ClientConnection:
             self.upstream.wire.abort()
 
     def hung_up(self) -> None:
-        """Note that the client has ended its direction: a call in hand is pointless from here on."""
+        """Note that the client has ended its direction: a call in hand is pointless from here on.
+
+        A client that goes on listening counts as gone: it cannot be told from one that has closed until something is
+        sent.
+        """
         self.gone = True
         if self.upstream is not None:
             self.upstream.wire.abort()
@@ -282,42 +286,3 @@ class RequestBody:
             raise ClientTooSlow if client.timed_out else ClientGone
         client.no_limit()
         return data
-
-
-class HangupWatch:
-    """Notices clients that hang up while nobody reads from them, at no cost to a call.
-
-    A second epoll knows every client socket for its whole life and waits for nothing but the end of the client's
-    direction. A client that ends its direction and goes on listening counts as gone: it cannot be told from one that
-    has closed until something is sent.
-    """
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._clients: dict[int, ClientConnection] = {}
-
-    def add(self, client: ClientConnection) -> None:
-        """Watch a connection."""
-        descriptor = client.wire.socket.fileno()
-        self._clients[descriptor] = client
-        self._epoll.register(descriptor, select.EPOLLRDHUP | select.EPOLLET)
-
-    def remove(self, client: ClientConnection) -> None:
-        """Forget a connection, before it is closed."""
-        descriptor = client.wire.socket.fileno()
-        self._clients.pop(descriptor, None)
-        self._epoll.unregister(descriptor)
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Tell connections that their client has hung up, until cancelled."""
-        task_status.started()
-        try:
-            while True:
-                await trio.lowlevel.wait_readable(self._epoll)
-                for descriptor, _ in self._epoll.poll(0, 1024):
-                    client = self._clients.get(descriptor)
-                    if client is not None:
-                        client.hung_up()
-        finally:
-            trio.lowlevel.notify_closing(self._epoll)
-            self._epoll.close()

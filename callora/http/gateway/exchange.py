@@ -63,6 +63,7 @@ class Exchange:
     """One request and its answer."""
 
     __slots__ = (
+        "_bodiless",
         "_body",
         "_client",
         "_connection",
@@ -152,15 +153,13 @@ class Exchange:
             self._client.wait_for("upstream", answer_seconds)
         buffer = b""
         start = 0
-        receive = connection.wire.receive_later
         while True:
             try:
-                data = await receive()
+                data = await connection.wire.receive()
             except WireBroken as error:
                 raise self._fault(error) from error
             if not data:
                 raise self._fault(None)
-            receive = connection.wire.receive
             buffer += data
             try:
                 while buffer and (end := find_response_head_end(buffer, start)) >= 0:
@@ -261,13 +260,10 @@ class Exchange:
         if connection is not None:
             connection.pool.discard(connection)
 
-    @property
-    def _bodiless(self) -> bool:
-        return self.answer.bodiless(self._request.method)
-
     def _accept(self, answer: ResponseHead, rest: bytes) -> None:
         self.answer = answer
-        if answer.bodiless(self._request.method):
+        self._bodiless = answer.bodiless(self._request.method)
+        if self._bodiless:
             self._reader = LengthReader(0)
         elif answer.chunked:
             self._reader = ChunkedReader(response=True)

@@ -22,13 +22,13 @@ from callora.http.gateway.client import (
     ClientConnection,
     ClientGone,
     ClientTooSlow,
-    HangupWatch,
     RequestBody,
     Ticker,
     TimeLimits,
 )
 from callora.http.gateway.exchange import AnswerCut, Exchange, UpstreamFailed, UpstreamTimedOut
 from callora.http.gateway.heads import BadHead, RequestHead
+from callora.http.gateway.poller import Poller
 from callora.http.gateway.rewriting import answer_head, end_to_end_lines, upstream_head
 from callora.http.gateway.upstream import ConnectFailed, Connector, Pool, PoolExhausted
 from callora.http.gateway.wire import PlainWire, TlsWire, WireBroken
@@ -88,6 +88,7 @@ class Listener:
         self,
         *,
         flow: CallFlow,
+        poller: Poller,
         rest_path: str,
         tls: ssl.SSLContext | None,
         limits: TimeLimits,
@@ -103,7 +104,8 @@ class Listener:
         rest_body_bytes_max: the REST server's own body limit bounds it further.
         """
         self._flow = flow
-        self._rest = Pool(Connector(unix_path=rest_path), REST_CONNECTIONS_MAX)
+        self._poller = poller
+        self._rest = Pool(Connector(poller, unix_path=rest_path), REST_CONNECTIONS_MAX)
         self._tls = tls
         self._limits = limits
         self._connections_max = connections_max
@@ -113,7 +115,6 @@ class Listener:
         self._metrics = metrics
         self._log = log
         self._clients: set[ClientConnection] = set()
-        self._watch = HangupWatch()
         self._ticker = Ticker(SWEEP_SECONDS)
         self._draining = False
         self.ended = trio.Event()
@@ -128,28 +129,17 @@ class Listener:
         Cancellation: requests in hand end at once, their clients' connections are closed.
         """
         try:
-            watch = trio.CancelScope(shield=True)
-            async with trio.open_nursery() as watching:
-                watching.start_soon(self._run_watch, watch)
-                try:
-                    async with trio.open_nursery() as nursery:
-                        self._ticker.tick()
-                        nursery.start_soon(self._sweep)
-                        for listener in listeners:
-                            nursery.start_soon(self._accept, listener, nursery)
-                        task_status.started()
-                        await trio.sleep_forever()
-                finally:
-                    watch.cancel()
+            async with trio.open_nursery() as nursery:
+                self._ticker.tick()
+                nursery.start_soon(self._sweep)
+                for listener in listeners:
+                    nursery.start_soon(self._accept, listener, nursery)
+                task_status.started()
+                await trio.sleep_forever()
         finally:
             for listener in listeners:
                 listener.close()
             self._rest.close_idle(FOREVER)
-
-    async def _run_watch(self, scope: trio.CancelScope) -> None:
-        """Run the watch until this scope is cancelled and nothing else: it outlives every connection it knows."""
-        with scope:
-            await self._watch.run()
 
     def drain(self) -> None:
         """Serve what is in hand, answer what is new with 503, then end. Connections between requests end last."""
@@ -199,10 +189,9 @@ class Listener:
 
     async def _serve(self, sock: socket.socket, peer: str) -> None:
         wire: PlainWire | TlsWire
-        wire = PlainWire(sock) if self._tls is None else TlsWire(sock, self._tls, None)
+        wire = PlainWire(sock, self._poller) if self._tls is None else TlsWire(sock, self._poller, self._tls, None)
         client = ClientConnection(wire, peer, self._limits, self._ticker)
         self._clients.add(client)
-        self._watch.add(client)
         try:
             if isinstance(wire, TlsWire):
                 client.wait_for("client", TLS_SECONDS)
@@ -214,7 +203,6 @@ class Listener:
         except Exception:
             self._log.exception("connection_crashed")
         finally:
-            self._watch.remove(client)
             self._clients.discard(client)
             wire.close()
 

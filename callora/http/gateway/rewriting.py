@@ -4,7 +4,7 @@ Taken out of a request: what belongs to one connection, what names another clien
 of an answer: what belongs to one connection and what only Callora may say.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Set
 from typing import Final
 
 from callora.http.gateway.heads import HOP_BY_HOP, RequestHead, ResponseHead
@@ -53,12 +53,15 @@ _REASONS: Final[Mapping[int, bytes]] = {
 }
 
 
-def _lines(head: RequestHead | ResponseHead, dropped: Iterable[bytes], prefix: bytes) -> Iterator[bytes]:
-    dropped = dropped if not head.connection_tokens else {*dropped, *head.connection_tokens}
+def _lines(head: RequestHead | ResponseHead, dropped: Set[bytes], prefix: bytes) -> list[bytes]:
+    if head.connection_tokens:
+        dropped = dropped | head.connection_tokens
     names = head.index if not head.repeated else [name.lower() for name, _ in head.fields]
-    for lower, (name, value) in zip(names, head.fields, strict=True):
-        if lower not in dropped and not lower.startswith(prefix):
-            yield b"%b: %b\r\n" % (name, value)
+    return [
+        b"%b: %b\r\n" % field
+        for lower, field in zip(names, head.fields, strict=True)
+        if lower not in dropped and not lower.startswith(prefix)
+    ]
 
 
 def upstream_head(
@@ -79,17 +82,18 @@ def upstream_head(
         key_in_authorization: whether Authorization carried the API key; else it is the upstream's business.
         keep_cookies_and_keys: True towards Callora's own REST server, to which they are addressed.
     """
-    dropped: Iterable[bytes] = _NOT_FORWARDED
+    dropped = _NOT_FORWARDED
     if keep_cookies_and_keys:
         dropped = _NOT_FORWARDED - _CREDENTIALS
     elif key_in_authorization:
         dropped = _NOT_FORWARDED | {b"authorization"}
     if configured:
-        dropped = {*dropped, *(name.lower().encode("ascii") for name in configured)}
+        dropped |= {name.lower().encode("ascii") for name in configured}
     query = b"" if request.query is None else b"?" + request.query
     lines = [b"%b %b%b HTTP/1.1\r\nHost: %b\r\n" % (request.method.encode("ascii"), path, query, authority)]
     lines += _lines(request, dropped, _FORWARDED)
-    lines += (f"{name}: {value}\r\n".encode("latin-1") for name, value in configured.items())
+    if configured:
+        lines += [f"{name}: {value}\r\n".encode("latin-1") for name, value in configured.items()]
     if request.chunked:
         lines.append(b"Transfer-Encoding: chunked\r\n")
     elif request.content_length is not None:

@@ -79,7 +79,7 @@ async def splice_body(source: PlainWire, client: ClientConnection, length: int, 
                 held -= os.splice(read, target.socket.fileno(), held, flags=_FLAGS)
             except BlockingIOError:
                 client.wait_for("client", client.limits.body_seconds)
-                await trio.lowlevel.wait_writable(target.socket)
+                await target.watch.wait_writable()
                 client.no_limit()
                 since_yield = 0
             except OSError as error:
@@ -97,7 +97,9 @@ async def _fill(source: PlainWire, client: ClientConnection, write: int, wanted:
             taken = os.splice(source.socket.fileno(), write, wanted, flags=_FLAGS)
         except BlockingIOError:
             client.wait_for("upstream", idle_seconds)
-            await trio.lowlevel.wait_readable(source.socket)
+            source.watch.drained()
+            if not source.watch.readable:
+                await source.watch.wait_readable()
             client.no_limit()
             continue
         except OSError as error:

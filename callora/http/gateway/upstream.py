@@ -11,6 +11,7 @@ import attrs
 import trio
 
 from callora.http.gateway.addresses import Resolver, SocketAddress, Target
+from callora.http.gateway.poller import Poller
 from callora.http.gateway.wire import PlainWire, TlsWire, Wire, WireBroken
 
 IDLE_SECONDS_MAX: Final = 30.0
@@ -121,10 +122,11 @@ class Pool:
 class Connector:
     """Opens connections to one origin."""
 
-    __slots__ = ("_resolver", "_target", "_tls", "_unix_path")
+    __slots__ = ("_poller", "_resolver", "_target", "_tls", "_unix_path")
 
     def __init__(
         self,
+        poller: Poller,
         *,
         target: Target | None = None,
         resolver: Resolver | None = None,
@@ -135,6 +137,7 @@ class Connector:
         target, resolver, tls: an upstream; `tls` for https.
         unix_path: instead of these, the socket of the REST server beside us.
         """
+        self._poller = poller
         self._target = target
         self._resolver = resolver
         self._tls = tls
@@ -147,14 +150,14 @@ class Connector:
             ConnectFailed, TargetBlocked, TargetUnresolved.
         """
         if self._unix_path is not None:
-            return PlainWire(await _connect_socket(socket.AF_UNIX, self._unix_path))
+            return PlainWire(await _connect_socket(socket.AF_UNIX, self._unix_path), self._poller)
         assert self._target is not None
         assert self._resolver is not None
         sock = await self._connect_tcp(await self._resolver.resolve(self._target))
         if self._target.scheme == "http":
-            return PlainWire(sock)
+            return PlainWire(sock, self._poller)
         assert self._tls is not None
-        wire = TlsWire(sock, self._tls, self._target.host)
+        wire = TlsWire(sock, self._poller, self._tls, self._target.host)
         try:
             await wire.handshake()
         except WireBroken as error:
@@ -197,7 +200,8 @@ async def _connect_socket(family: socket.AddressFamily, address: str | tuple[str
 class Upstreams:
     """Every upstream's pool."""
 
-    def __init__(self, resolver: Resolver, tls: ssl.SSLContext, open_max: int) -> None:
+    def __init__(self, poller: Poller, resolver: Resolver, tls: ssl.SSLContext, open_max: int) -> None:
+        self._poller = poller
         self._resolver = resolver
         self._tls = tls
         self._open_max = open_max
@@ -208,7 +212,7 @@ class Upstreams:
         origin = (target.scheme, target.host, target.port)
         pool = self._pools.get(origin)
         if pool is None:
-            connector = Connector(target=target, resolver=self._resolver, tls=self._tls)
+            connector = Connector(self._poller, target=target, resolver=self._resolver, tls=self._tls)
             pool = self._pools[origin] = Pool(connector, self._open_max)
         return pool
 
