@@ -96,8 +96,8 @@ _RECOUNT: Final = """
 WITH counted AS (
     SELECT m.api_id, sum(m.calls)::bigint AS calls, sum(m.failed_calls)::bigint AS failed_calls,
            sum(m.latency_us)::bigint AS latency_us
-    FROM usage_minutes m JOIN apis a ON a.api_id = m.api_id
-    WHERE m.minute >= $1 GROUP BY m.api_id
+    FROM usage_days m JOIN apis a ON a.api_id = m.api_id
+    WHERE m.day >= date_trunc('day', $1::timestamptz, 'UTC') GROUP BY m.api_id
 ), gone AS (
     DELETE FROM api_popularity WHERE api_id NOT IN (SELECT api_id FROM counted)
 )
@@ -328,7 +328,7 @@ async def restore_api(database: Database, ref: ApiRef) -> bool:
 
 
 async def recount_popularity(database: Database, since: datetime) -> None:
-    """Count every API's calls since a date anew, unless another process is at it."""
+    """Count every API's calls since the day of a moment anew, unless another process is at it."""
     async with database.transaction() as connection:
         if await connection.fetch_value(_RECOUNT_LOCK):
             await connection.execute(_RECOUNT, since)

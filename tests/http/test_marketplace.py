@@ -50,14 +50,13 @@ async def used(made: Market, api_id: int, calls: int, *, failed: int = 0, ago: t
     ids = made.service.context.ids
     now: datetime = made.service.context.clock.now()
     await made.service.database.execute(
-        "INSERT INTO usage_minutes (vault_id, minute, api_key_id, endpoint_id, api_id, developer_id, calls,"
-        " charged_calls, failed_calls, amount, latency_us, request_bytes, response_bytes)"
-        " VALUES ($1, $2, $3, 1, $4, $5, $6, $7, $8, 0, $9, 0, 0)",
+        "INSERT INTO usage_days (vault_id, day, api_key_id, endpoint_id, api_id, calls, charged_calls, failed_calls,"
+        " timed_calls, amount, refunded, latency_us, request_bytes, response_bytes)"
+        " VALUES ($1, date_trunc('day', $2::timestamptz, 'UTC'), $3, 1, $4, $5, $6, $7, $5, 0, 0, $8, 0, 0)",
         ids.uuid7(),
         now - ago,
         ids.uuid7(),
         api_id,
-        ids.uuid7(),
         calls,
         calls - failed,
         failed,
