@@ -44,7 +44,7 @@ from callora.http.gateway.listener import Listener, open_listener
 from callora.http.gateway.poller import Poller
 from callora.http.gateway.tokens import AccessTokens
 from callora.http.gateway.upstream import Upstreams
-from callora.http.rest.app import create_app, largest_body_bytes, serve_rest
+from callora.http.rest.app import create_app, larger_bodies, serve_rest
 from callora.http.rest.deps import RestDeps
 from callora.ledger.ids import Ids
 from callora.logs import Logs
@@ -246,6 +246,7 @@ async def serve(
         log.info("stopped", clean=not budget.exceeded)
         return 1 if budget.exceeded else 0
     finally:
+        gc.unfreeze()
         last_resort.cancel()
         listener_socket.close()
         poller.close()
@@ -360,7 +361,8 @@ async def _start_parts(
             body_seconds=settings.client_body_timeout_seconds,
         ),
         connections_max=settings.client_max_connections,
-        rest_body_bytes_max=rest.body_bytes_max,
+        rest_body_bytes_max=settings.request_body_limit_bytes,
+        rest_larger_bodies=rest.larger_bodies,
         trusted_proxies=settings.trusted_proxy_count,
         ids=context.ids,
         metrics=metrics,
@@ -411,7 +413,7 @@ class _Rest:
             refresh_metrics=self._refresh_metrics,
         )
         self.dashboard = make_dashboard(desk, deps)
-        self.body_bytes_max = largest_body_bytes(self.dashboard.operations, context.settings.request_body_limit_bytes)
+        self.larger_bodies = larger_bodies(self.dashboard.operations, context.settings.request_body_limit_bytes)
         self._app = create_app(deps, self.dashboard.operations, self.dashboard.doors)
 
     async def run(self, *, task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128 - the server it runs calls it

@@ -8,7 +8,7 @@ order and no two parsers can disagree about where a request ends.
 import errno
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import trio
@@ -94,6 +94,7 @@ class Listener:
         limits: TimeLimits,
         connections_max: int,
         rest_body_bytes_max: int,
+        rest_larger_bodies: Mapping[str, int],
         trusted_proxies: int,
         ids: Ids,
         metrics: Metrics,
@@ -101,7 +102,8 @@ class Listener:
     ) -> None:
         """Args:
         rest_path: the UNIX socket of the REST server.
-        rest_body_bytes_max: the REST server's own body limit bounds it further.
+        rest_body_bytes_max: the largest request body of a REST route, refused here before the server sees its end.
+        rest_larger_bodies: the paths that take more, each with its own limit in bytes.
         """
         self._flow = flow
         self._poller = poller
@@ -110,6 +112,7 @@ class Listener:
         self._limits = limits
         self._connections_max = connections_max
         self._rest_body_bytes_max = rest_body_bytes_max
+        self._rest_larger_bodies = rest_larger_bodies
         self._trusted_proxies = trusted_proxies
         self._ids = ids
         self._metrics = metrics
@@ -250,7 +253,8 @@ class Listener:
         try:
             if asks_for_another_protocol(request):
                 raise Refused("UPGRADE_NOT_SUPPORTED", close=True)
-            body = RequestBody(client, request, self._rest_body_bytes_max)
+            limit = self._rest_larger_bodies.get(request.path.decode("ascii"), self._rest_body_bytes_max)
+            body = RequestBody(client, request, limit)
             exchange = Exchange(client, request, body, REST_SECONDS)
             head = upstream_head(
                 request,

@@ -81,21 +81,25 @@ def create_app(deps: RestDeps, operations: Sequence[Operation], doors: Doors) ->
     """Return the app with these routes. Nothing is started, and nothing is shared with another app."""
     app = RestApp("callora", static_folder=None)
     app.deps = deps
-    app.config["MAX_CONTENT_LENGTH"] = largest_body_bytes(operations, deps.settings.request_body_limit_bytes)
+    larger = larger_bodies(operations, deps.settings.request_body_limit_bytes)
+    app.config["MAX_CONTENT_LENGTH"] = max(deps.settings.request_body_limit_bytes, *larger.values(), 0)
     app.config["BODY_TIMEOUT"] = deps.settings.client_body_timeout_seconds
     # A path with a slash too many matches or is 404: redirects are answers that no client of an API asks for
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
     app.before_request(_note_route)
     bind(app, operations, doors)
-    larger = {each.path: each.body_bytes_max for each in operations if each.body_bytes_max is not None}
     app.asgi_app = Frame(cast(AsgiApp, app.asgi_app), deps, larger)  # type: ignore[method-assign,assignment]
     return app
 
 
-def largest_body_bytes(operations: Sequence[Operation], request_body_limit_bytes: int) -> int:
-    """Return the largest request body that any route takes."""
-    return max(request_body_limit_bytes, *(each.body_bytes_max or 0 for each in operations), 0)
+def larger_bodies(operations: Sequence[Operation], request_body_limit_bytes: int) -> dict[str, int]:
+    """Return the paths that take a larger request body than all others, each with its limit in bytes."""
+    return {
+        each.path: max(each.body_bytes_max, request_body_limit_bytes)
+        for each in operations
+        if each.body_bytes_max is not None
+    }
 
 
 async def _note_route() -> None:

@@ -147,7 +147,7 @@ class Frame:
         self._deps = deps
         settings: Settings = deps.settings
         self._body_limit = settings.request_body_limit_bytes
-        self._larger_bodies = {path: max(limit, self._body_limit) for path, limit in larger_bodies.items()}
+        self._larger_bodies = larger_bodies
         self._origins = frozenset(origin.encode("ascii", "ignore") for origin in settings.cors_allowed_origins)
         self._headers = (*_SECURITY_HEADERS, *((_HSTS,) if settings.tls_enabled else ()))
 
