@@ -289,6 +289,21 @@ def test_an_address_is_counted_as_what_one_party_holds(client: str, caller: str)
     assert Exchange("id", "GET", client, None, 0).caller == caller
 
 
+def test_a_status_that_is_an_answer_and_a_problem_shows_both() -> None:
+    made = Routes("Probes")
+
+    @made.add("GET", "/probe", access=Access.PUBLIC, answers={200: Thing, 503: Thing})
+    async def get_probe(_: Ask[Any, Any, Any]) -> Answer:
+        """How it fares."""
+        await trio.lowlevel.checkpoint()
+        return Answer(Thing(id=1, name="x", by=None), 503)
+
+    answer = make_document(made.operations, version="1")["paths"]["/probe"]["get"]["responses"]["503"]
+    thing, problem = answer["content"]["application/json"]["schema"]["anyOf"]
+    assert thing["$ref"].endswith("/Thing")
+    assert "SERVICE_UNAVAILABLE" in problem["allOf"][1]["properties"]["code"]["enum"]
+
+
 def test_no_route_is_missing_from_the_document() -> None:
     made = house()
     document = make_document(made.operations, version="1")

@@ -143,7 +143,7 @@ def _operation(operation: Operation, schema_of: Any, properties_of: Any) -> dict
         "tags": [operation.tag],
         "security": _SECURITY[operation.access],
         "parameters": [*_parameters(operation, properties_of)],
-        "responses": {**_answers(operation, schema_of), **_problems(operation)},
+        "responses": _responses(_answers(operation, schema_of), _problems(operation)),
     }
     if operation.description:
         made["description"] = operation.description
@@ -220,6 +220,18 @@ def _text_schema(text: Text) -> dict[str, Any]:
 
 
 _REASONS: Final = {200: "Success", 201: "Created", 202: "Accepted", 204: "Done; no content"}
+
+
+def _responses(answers: dict[str, Any], problems: dict[str, Any]) -> dict[str, Any]:
+    """Return both; a status that is an answer and a problem, as of a probe, has either form."""
+    merged = {**answers, **problems}
+    for status in answers.keys() & problems.keys():
+        schemas = [each["content"]["application/json"]["schema"] for each in (answers[status], problems[status])]
+        merged[status] = {
+            "description": f"{answers[status]['description']}, or {problems[status]['description']}",
+            "content": {"application/json": {"schema": {"anyOf": schemas}}},
+        }
+    return merged
 
 
 def _problems(operation: Operation) -> dict[str, Any]:
