@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
 from functools import partial
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from callora.config import ConfigurationInvalid, Settings, load_settings
 from callora.http.gateway.listener import open_listener
-from callora.ledger.faults import CalloraFault
+from callora.ledger.faults import CalloraFault, leaves_of
 from callora.logs import Logs
 from callora.service import Context, Ledger, Serving, SystemClock, serve
 from callora.store.bridge import StatementRejected
@@ -65,19 +65,11 @@ def _run(main: Callable[[], Awaitable[int]]) -> NoReturn:
     try:
         code = trio.run(main)
     except Exception as raised:  # not `except*`: leaving the process from there raises a group on Python 3.11.2
-        leaves = list(_leaves(raised))
+        leaves = list(leaves_of(raised))
         if not all(map(_tellable, leaves)):
             raise
         _fail(f"callora: {_said(leaves[0])}", 1)
     sys.exit(code)
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for member in error.exceptions:
-            yield from _leaves(member)
-    else:
-        yield error
 
 
 def _tellable(error: BaseException) -> bool:

@@ -113,7 +113,9 @@ def make_dashboard(desk: Desk, deps: RestDeps) -> Dashboard:
     """Return the REST surface of a service; nothing is started."""
     settings = desk.settings
     limiter = _limiter(settings)
-    intents = Intents(desk.database, desk.clock, desk.ids, retention_seconds=settings.idempotency_retention_seconds)
+    intents = Intents(
+        desk.database, desk.clock, desk.ids, desk.log, retention_seconds=settings.idempotency_retention_seconds
+    )
     forget = partial(
         repeat, "rest intents", intents.drop_expired, settings.idempotency_sweep_interval_seconds, desk.log
     )

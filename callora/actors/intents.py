@@ -6,12 +6,12 @@ under a key must itself repeat safely: by a request's id, or by a reference made
 """
 
 import hashlib
-from contextlib import suppress
 from datetime import timedelta
 from typing import Final
 
 import attrs
 import trio
+from structlog.typing import FilteringBoundLogger
 
 from callora.ledger.clock import Clock
 from callora.ledger.faults import CalloraFault
@@ -52,10 +52,13 @@ class InProgress:
 class Intents:
     """Answers whether a request under a key is to be carried out."""
 
-    def __init__(self, database: Database, clock: Clock, ids: Ids, *, retention_seconds: float) -> None:
+    def __init__(
+        self, database: Database, clock: Clock, ids: Ids, log: FilteringBoundLogger, *, retention_seconds: float
+    ) -> None:
         self._database = database
         self._clock = clock
         self._ids = ids
+        self._log = log
         self._retention = timedelta(seconds=retention_seconds)
 
     async def begin(self, actor: str, key: str, fingerprint: bytes) -> Begun | KeptAnswer | Mismatch | InProgress:
@@ -102,13 +105,17 @@ class Intents:
 
     async def keep(self, begun: Begun, answer: KeptAnswer) -> None:
         """Keep the answer. After a fault a repetition takes over in time, and finds what was done."""
-        with suppress(CalloraFault):
+        try:
             await intents.answer_intent(self._database, begun.actor, begun.key, begun.attempt, answer)
+        except CalloraFault as fault:
+            self._log.warning("intent_not_kept", error=str(fault))
 
     async def forget(self, begun: Begun) -> None:
         """Free the key, so that a repetition is carried out at once; after a fault it is taken over in time."""
-        with suppress(CalloraFault):
+        try:
             await intents.forget_intent(self._database, begun.actor, begun.key, begun.attempt)
+        except CalloraFault as fault:
+            self._log.warning("intent_not_freed", error=str(fault))
 
     async def drop_expired(self) -> None:
         """Forget what is past its retention.

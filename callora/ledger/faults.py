@@ -1,5 +1,7 @@
 """Faults: what went wrong somewhere else. Refusals are values (`outcomes`); bugs are any other exception."""
 
+from collections.abc import Iterator
+
 
 class CalloraFault(Exception):
     """A fault of something Callora depends on. Its text may reach a log, never a client."""
@@ -24,3 +26,12 @@ class StoreRefused(CalloraFault):
         super().__init__(message)
         self.constraint = constraint
         self.sqlstate = sqlstate
+
+
+def leaves_of(error: BaseException) -> Iterator[BaseException]:
+    """Yield the exceptions that a group is made of, however deeply; of any other exception itself."""
+    if isinstance(error, BaseExceptionGroup):
+        for member in error.exceptions:
+            yield from leaves_of(member)
+    else:
+        yield error

@@ -12,7 +12,7 @@ import attrs
 
 from callora.ledger.ids import ApiId, DeveloperId, UserId, VaultId
 from callora.ledger.money import Stroops
-from callora.ledger.offers import DatedPrice, EndpointOffer, Status
+from callora.ledger.offers import DatedPrice, EndpointOffer
 from callora.store import apis
 from callora.store.bridge import Database
 
@@ -122,8 +122,3 @@ async def ensure_api(
         present = await apis.present_endpoints(connection, api_id, now)
         await apis.put_endpoints(connection, api_id, offers, present, now)
     return api_id
-
-
-async def set_api_status(database: Database, api_id: ApiId, status: Status, now: datetime) -> None:
-    """Publish, pause or archive an API."""
-    await apis.set_status(database, api_id, status, now)

@@ -12,7 +12,7 @@ from callora.ledger.faults import OutcomeUnknown
 from callora.ledger.ids import VaultId
 from callora.ledger.money import Stroops, parse_usdc
 from callora.ledger.rounds import RoundResult, Share
-from callora.store import accounts
+from callora.store import accounts, apis
 from tests.proof.books import answer_uniquely
 from tests.support.rest import Person, Told, anonymous, person, rest_client
 from tests.support.service import running_service
@@ -83,7 +83,7 @@ async def test_what_cannot_be_charged_is_refused_by_its_own_rule(database_url: s
         consumer, someone = await at.payer("1")
         paused = await at.service.api("paused", "http://127.0.0.1:9")
         paused_endpoint = await endpoint_of(at.service, paused)
-        await accounts.set_api_status(at.service.database, paused, "paused", at.service.context.clock.now())
+        await apis.set_status(at.service.database, paused, "paused", at.service.context.clock.now())
         other = await at.service.another_key(consumer.user_id, consumer.vault_id)
         database = at.service.database
         await database.execute(

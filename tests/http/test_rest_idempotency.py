@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import httpx
 import pytest
+import structlog
 import trio
 
 from callora.actors.intents import ABANDONED_SECONDS, Begun, InProgress, Intents, KeptAnswer, Mismatch
@@ -202,7 +203,7 @@ def intents(database: Database, clock: TestClock) -> Intents:
 
 
 def made(database: Database, clock: TestClock) -> Intents:
-    return Intents(database, clock, Ids(clock, os.urandom), retention_seconds=DAY)
+    return Intents(database, clock, Ids(clock, os.urandom), structlog.get_logger(), retention_seconds=DAY)
 
 
 async def begun(intents: Intents, actor: str = "a", key: str = "k") -> Begun:

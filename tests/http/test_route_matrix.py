@@ -216,3 +216,29 @@ async def test_every_route_answers_everyone_as_it_declares(database_url: str) ->
     assert not wrong, "\n".join(wrong)
     shown = [line for line in TABLE.read_text().splitlines() if line.startswith("| `")]
     assert shown == rows, "docs/routes.md must show:\n" + "\n".join(rows)
+
+
+async def test_no_answer_that_is_kept_for_a_repetition_holds_a_secret(database_url: str) -> None:
+    """What an Idempotency-Key gives again is stored as it was given."""
+    secrets = {"key", "token", "accessToken", "refreshToken", "secret"}
+    async with running_service(database_url, ENVIRON) as service, rest_client(service) as client:
+        document = (await client.get("/api/openapi.json")).json()
+    schemas = document["components"]["schemas"]
+
+    def names(node: Any) -> set[str]:
+        if isinstance(node, list):
+            return set().union(*map(names, node))
+        if not isinstance(node, dict):
+            return set()
+        referred = names(schemas[node["$ref"].rpartition("/")[2]]) if "$ref" in node else set()
+        return set(node.get("properties", ())) | referred | names(list(node.values()))
+
+    kept: dict[str, set[str]] = {}
+    open_: dict[str, set[str]] = {}
+    for item in document["paths"].values():
+        for operation in item.values():
+            shown = names([answer for status, answer in operation["responses"].items() if int(status) < 400])
+            (kept if _keyed(operation) else open_)[operation["operationId"]] = shown & secrets
+    assert len(kept) >= 4
+    assert not {name: found for name, found in kept.items() if found}
+    assert open_["create_key"] == {"key"}, "the search finds what there is"

@@ -10,7 +10,7 @@ import trio
 from callora.ledger.ids import ApiKeyId, DeveloperId, UserId, VaultId
 from callora.ledger.keys import PREFIX_CHARS, RANDOM_BYTES, make_key
 from callora.ledger.money import Stroops
-from callora.store import accounts, keys
+from callora.store import accounts, apis, keys
 from callora.store.accounts import PricedEndpoint
 from callora.store.bridge import Database
 from callora.store.reads.gateway import Reads
@@ -104,7 +104,7 @@ async def test_an_api_is_repeated_safely_and_a_price_gets_a_version_only_when_it
     record = await Reads(ledger.database).api("weather")
     assert record is not None
     assert (record.api_id, record.base_url, record.active) == (api_id, "http://two", True)
-    await accounts.set_api_status(ledger.database, record.api_id, "paused", NOON)
+    await apis.set_status(ledger.database, record.api_id, "paused", NOON)
     paused = await Reads(ledger.database).api(str(api_id))
     assert paused is not None and not paused.active
 

@@ -1,7 +1,7 @@
 """The REST surface: the Quart-Trio app, its errors as problem documents, and how it is served."""
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, cast
@@ -18,7 +18,7 @@ from callora.http.problems import CONTENT_TYPE, PROBLEMS, ProblemRaised, problem
 from callora.http.rest.deps import RestDeps
 from callora.http.rest.frame import EXCHANGE, UNKNOWN_ROUTE, AsgiApp, Exchange, Frame, shielded
 from callora.http.rest.operations import Doors, Operation, bind
-from callora.ledger.faults import OutcomeUnknown, StoreConflict, StoreUnavailable
+from callora.ledger.faults import OutcomeUnknown, StoreConflict, StoreUnavailable, leaves_of
 
 __all__ = ["RestDeps", "create_app", "serve_rest", "shielded"]
 
@@ -28,14 +28,6 @@ _UNIX = "unix:"
 def exchange() -> Exchange:
     """Return the exchange of the request being handled."""
     return cast(Exchange, cast(dict[str, Any], request.scope)[EXCHANGE])
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for member in error.exceptions:
-            yield from _leaves(member)
-    else:
-        yield error
 
 
 class RestApp(QuartTrio):
@@ -49,7 +41,7 @@ class RestApp(QuartTrio):
 
     async def handle_user_exception(self, error: Exception | BaseExceptionGroup[Any]) -> Response:
         """Return the answer for whatever a route raised."""
-        leaves = list(_leaves(error))
+        leaves = list(leaves_of(error))
         if all(isinstance(leaf, ProblemRaised | HTTPException) for leaf in leaves):
             return self._problem(cast(ProblemRaised | HTTPException, leaves[0]))
         if all(isinstance(leaf, StoreUnavailable | StoreConflict) for leaf in leaves):
