@@ -1,0 +1,11 @@
+DROP TABLE chain_reconciliations;
+DROP TABLE withdrawals;
+DROP TABLE deposit_intents;
+DROP TABLE depositors;
+DROP TABLE chain_bumps;
+DROP TABLE chain_transactions;
+DROP FUNCTION refuse_transaction_rewrite;
+DROP TABLE chain_events;
+DROP FUNCTION refuse_event_rewrite;
+DROP TABLE chain_gaps;
+DROP TABLE chain_networks;
