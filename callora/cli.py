@@ -62,6 +62,7 @@ def _logs(settings: Settings, clock: SystemClock) -> Logs:
 
 
 def _run(main: Callable[[], Awaitable[int]]) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there is something to clean up
     try:
         code = trio.run(main)
     except Exception as raised:  # not `except*`: leaving the process from there raises a group on Python 3.11.2

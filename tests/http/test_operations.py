@@ -123,6 +123,12 @@ def routes() -> Routes:
             raise ProblemRaised("NOT_FOUND")
         return Answer(status=204)
 
+    @made.add("POST", "/api/things/bulk", access=Access.PUBLIC, answers={200: Thing})
+    async def put_things(_: Ask[Any, Any, Any]) -> Answer:
+        """Many things."""
+        await trio.lowlevel.checkpoint()
+        return Answer(Thing(id=1, name="many", by=None))
+
     @made.add("GET", "/api/text", access=Access.PUBLIC, answers={200: Text("text/csv", "Lines")})
     async def get_text(_: Ask[Any, Any, Any]) -> Answer:
         """Lines."""
@@ -302,6 +308,13 @@ def test_a_status_that_is_an_answer_and_a_problem_shows_both() -> None:
     thing, problem = answer["content"]["application/json"]["schema"]["anyOf"]
     assert thing["$ref"].endswith("/Thing")
     assert "SERVICE_UNAVAILABLE" in problem["allOf"][1]["properties"]["code"]["enum"]
+
+
+async def test_a_word_in_the_place_of_a_parameter_is_not_taken_for_its_value() -> None:
+    made = house()
+    assert (await made.ask("POST", "/api/things/bulk"))[2]["name"] == "many"
+    status, headers, body = await made.ask("GET", "/api/things/bulk")
+    assert (status, body["code"], headers["allow"]) == (405, "METHOD_NOT_ALLOWED", "OPTIONS, POST")
 
 
 def test_no_route_is_missing_from_the_document() -> None:

@@ -5,6 +5,7 @@ handler that does not fit its forms, and nothing leaves it that the document doe
 """
 
 import hashlib
+import itertools
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from enum import Enum
@@ -15,6 +16,7 @@ import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.datastructures import Headers, MultiDict
+from werkzeug.exceptions import MethodNotAllowed
 
 from callora.actors.intents import EXIT_SECONDS_MAX, Intents, KeptAnswer
 from callora.http.problems import CONTENT_TYPE, ProblemRaised
@@ -217,6 +219,41 @@ def bind(app: QuartTrio, operations: Sequence[Operation], doors: Doors) -> None:
             view_func=_view(operation, doors),
             methods=[operation.method],
         )
+    for path, taken in _beside(operations).items():
+        app.add_url_rule(
+            _PARAMETER.sub(r"<\1>", path),
+            endpoint=f"none of {path}",
+            view_func=_refuse_method({each.method for each in operations if each.path == path}),
+            methods=sorted(taken),
+        )
+
+
+def _beside(operations: Sequence[Operation]) -> dict[str, set[str]]:
+    """Return, by path, methods that it lacks and a path with a parameter in the place of one of its words has.
+
+    The router would take such a request for the other path, and the word for its parameter's value.
+    """
+    found: dict[str, set[str]] = {}
+    for narrow, wide in itertools.permutations({each.path for each in operations}, 2):
+        words, others = narrow.split("/"), wide.split("/")
+        if len(words) != len(others) or not all(
+            other == word or _PARAMETER.fullmatch(other) for word, other in zip(words, others, strict=True)
+        ):
+            continue
+        methods = {path: {each.method for each in operations if each.path == path} for path in (narrow, wide)}
+        if lacking := methods[wide] - methods[narrow]:
+            found.setdefault(narrow, set()).update(lacking)
+    return found
+
+
+def _refuse_method(methods: set[str]) -> Callable[..., Awaitable[Response]]:
+    allowed = methods | {"OPTIONS"} | ({"HEAD"} if "GET" in methods else set())
+
+    async def view(**_: str) -> Response:
+        await trio.lowlevel.checkpoint()
+        raise MethodNotAllowed(sorted(allowed))
+
+    return view
 
 
 def _view(operation: Operation, doors: Doors) -> Callable[..., Awaitable[Response]]:
