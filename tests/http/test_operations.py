@@ -329,6 +329,7 @@ def test_no_route_is_missing_from_the_document() -> None:
         (rule.rule, method)
         for rule in made.app.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+        if not rule.endpoint.startswith("none of ")
     }
     assert routed == declared
 
