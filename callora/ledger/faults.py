@@ -28,18 +28,6 @@ class StoreRefused(CalloraFault):
         self.sqlstate = sqlstate
 
 
-class ChainUnavailable(CalloraFault):
-    """No node of the chain answered usefully. Nothing was changed by the question."""
-
-
-class ChainOutcomeUnknown(OutcomeUnknown):
-    """A transaction was sent and no answer came. It may be applied until its time bound is past: look it up."""
-
-
-class ChainMismatch(CalloraFault):
-    """What answers is not what was configured: another network, another contract, another history. Ask an operator."""
-
-
 def leaves_of(error: BaseException) -> Iterator[BaseException]:
     """Yield the exceptions that a group is made of, however deeply; of any other exception itself."""
     if isinstance(error, BaseExceptionGroup):
