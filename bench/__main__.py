@@ -10,16 +10,20 @@ from typing import Final
 import trio
 
 from bench.bodies import run_bodies
+from bench.history import run_history
 from bench.lanes import run_lanes
 from bench.latency import run_latency
 from bench.ledger import run_ledger
 from bench.machine import BenchError, describe, require_tools
 from bench.memory import run_memory
 from bench.plan import FULL, QUICK, Plan, Progress
+from bench.rating import run_rating
 from bench.report import Results, render, save
+from bench.settlement import run_settlement
 from bench.stack import Stack, standing
 from bench.start import run_start
 from bench.usage import run_usage
+from bench.webhooks import run_webhooks
 from bench.workers import run_workers
 
 OUT: Final = Path(__file__).resolve().parent / "out"
@@ -61,6 +65,22 @@ async def _usage(stack: Stack, plan: Plan, progress: Progress, results: Results)
     results.usage = await run_usage(stack, plan, progress)
 
 
+async def _settlement(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
+    results.settlement = await run_settlement(stack, plan, progress)
+
+
+async def _history(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
+    results.history = await run_history(stack, plan, progress)
+
+
+async def _rating(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
+    results.rating = await run_rating(stack, plan, progress)
+
+
+async def _webhooks(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
+    results.webhooks = await run_webhooks(stack, plan, progress)
+
+
 SECTIONS: Final[dict[str, Section]] = {
     "lanes": _lanes,
     "ledger": _ledger,
@@ -70,8 +90,12 @@ SECTIONS: Final[dict[str, Section]] = {
     "start": _start,
     "memory": _memory,
     "usage": _usage,
+    "settlement": _settlement,
+    "history": _history,
+    "rating": _rating,
+    "webhooks": _webhooks,
 }
-LONG: Final = ("usage",)
+LONG: Final = ("usage", "settlement", "history", "rating", "webhooks")
 """Not part of a quick run unless it is asked for."""
 
 

@@ -13,17 +13,19 @@ _SETTLE_SECONDS: Final = 20.0
 _ARRIVE_SECONDS: Final = 0.1
 """How long a call that was read from a socket before the load stopped may take to its hold."""
 
-_OPEN: Final = "SELECT count(*) FROM vaults WHERE held <> 0"
+_OPEN: Final = "SELECT count(*) FROM usage_events WHERE state = 'held'"
 _BOOKS: Final = """
 WITH usage AS (
     SELECT vault_id, count(*) AS rows, count(*) FILTER (WHERE state = 'captured') AS captured,
-           count(*) FILTER (WHERE state = 'held') AS held, coalesce(sum(amount), 0) AS charged
+           count(*) FILTER (WHERE state = 'held') AS held, coalesce(sum(amount), 0) AS charged,
+           coalesce(sum(credits), 0) AS burnt
     FROM usage_events GROUP BY vault_id
 ), entries AS (
     SELECT vault_id, sum(amount) AS moved FROM ledger_entries GROUP BY vault_id
 )
 SELECT coalesce(sum(u.rows), 0), coalesce(sum(u.captured), 0), coalesce(sum(u.held), 0), coalesce(sum(u.charged), 0),
-       sum(v.held), count(*) FILTER (WHERE v.available + v.held <> coalesce(e.moved, 0) - coalesce(u.charged, 0))
+       coalesce(sum(u.burnt), 0), sum(v.held),
+       count(*) FILTER (WHERE v.available + v.held - v.owed <> coalesce(e.moved, 0) - coalesce(u.charged, 0))
 FROM vaults v LEFT JOIN usage u USING (vault_id) LEFT JOIN entries e USING (vault_id)
 """
 
@@ -40,6 +42,8 @@ class Books:
     """Of those, still held."""
     charged: int
     """Σ captured amounts, stroops."""
+    burnt: int
+    """Σ captured credits, one for a call that they paid."""
     held: int
     """Σ held, stroops."""
     vaults_off: int
@@ -74,8 +78,8 @@ def complaints(before: Books, after: Books, traffic: Traffic, *, price: int) -> 
     With C = rows captured in the run, the check is: answered <= C (no delivered success without a charge);
     C <= answered + cut_off (no charge beyond calls whose answer was on its way when the load stopped);
     C <= upstream requests <= usage events of the run (nothing charged that was not asked for, nothing asked for without
-    a hold; the difference are calls cancelled when the load stopped); Σ captured amounts = price × captured rows;
-    for each vault, balance = Σ entries - Σ captured amounts; no hold left open.
+    a hold; the difference are calls cancelled when the load stopped); Σ captured amounts = price × captured rows that
+    no credit paid; for each vault, balance = Σ entries - Σ captured amounts; no hold left open.
 
     Args:
         before: the books when the run began.
@@ -92,7 +96,9 @@ def complaints(before: Books, after: Books, traffic: Traffic, *, price: int) -> 
         ),
         f"{captured} captured, {asked} upstream requests": captured <= asked,
         f"{asked} upstream requests, {calls} holds": asked <= calls,
-        f"{after.charged} stroops charged for {after.captured} calls": after.charged == price * after.captured,
+        f"{after.charged} stroops and {after.burnt} credits charged for {after.captured} calls": (
+            after.charged == price * (after.captured - after.burnt)
+        ),
         f"{after.vaults_off} vaults off balance": after.vaults_off == 0,
         f"{after.open_holds} holds open with {after.held} stroops": after.open_holds == 0 and after.held == 0,
     }

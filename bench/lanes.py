@@ -163,6 +163,10 @@ async def _start(stack: Stack, plan: Plan, up: AsyncExitStack) -> list[Lane]:
         gateway = await up.enter_async_context(stack.gateway(mode, tenant, lane=mode))
         ours.append(Lane(letter, title, gateway.target, gateway.child, gateway if mode == "paid" else None))
         if mode == "paid":
+            limited = await stack.tenant("limited", vaults=plan.vaults, limited=True)
+            under = await up.enter_async_context(stack.gateway("limited", limited))
+            title = "the same, all spending limits and a plan"
+            ours.append(Lane("dl", title, under.target, under.child, under, connections=(HOT_CONNECTIONS,)))
             hot = attrs.evolve(gateway.target, keys=write_keys(stack.directory / "hot.keys", tenant.api_keys[:1]))
             title = "the same, one vault for all calls"
             ours.append(Lane("d1", title, hot, gateway.child, gateway, connections=(HOT_CONNECTIONS,)))

@@ -25,7 +25,6 @@ from bench.machine import GATEWAY_CORE, BenchError, environment
 from bench.plan import Plan, Progress
 from bench.stack import PRICE_USDC, ROOT, Stack, Tenant
 from callora.actors.registry import VaultRegistry
-from callora.actors.vault import no_policies
 from callora.actors.writer import Writer
 from callora.ledger.commands import Charged, Delivery, PlaceHold, capture
 from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, EndpointId, EventId, Ids, VaultId
@@ -103,7 +102,7 @@ class Calls:
 
 
 @asynccontextmanager
-async def _registry(dsn: str) -> AsyncIterator[VaultRegistry]:
+async def open_registry(dsn: str) -> AsyncIterator[VaultRegistry]:
     """Run writer and registry as the service does: every actor has ended before the writer stops."""
     metrics, logs = Metrics(), Logs(SystemClock(), level="warning", as_json=False)
     async with (
@@ -111,10 +110,10 @@ async def _registry(dsn: str) -> AsyncIterator[VaultRegistry]:
         database.line(LINE_SETTINGS) as line,
         trio.open_nursery() as writing,
     ):
-        store = VaultStore(database, line, SystemClock(), _COMMIT_SECONDS_MAX)
+        store = VaultStore(database, line, SystemClock(), Ids(SystemClock(), os.urandom).uuid7, _COMMIT_SECONDS_MAX)
         writer = Writer(store, metrics, logs.logger("writer"), _ROUND_COMMANDS_MAX)
         registry = VaultRegistry(
-            store, writer, metrics, logs.logger("registry"), random.Random(), no_policies, _MAILBOX_COMMANDS_MAX
+            store, writer, metrics, logs.logger("registry"), random.Random(), _MAILBOX_COMMANDS_MAX
         )
         await writing.start(writer.run)
         async with trio.open_nursery() as acting:
@@ -138,7 +137,7 @@ async def run_rounds(dsn: str, vault_ids: Sequence[str], *, callers: int, second
     ids = Ids(SystemClock(), os.urandom)
     charged = Charged(ApiKeyId(_NOBODY), DeveloperId(_NOBODY), ApiId(1), EndpointId(1), 1)
     delivery = Delivery("delivered", 200, 1000, 0, 17)
-    async with _registry(dsn) as registry:
+    async with open_registry(dsn) as registry:
 
         async def call(vault_id: str) -> None:
             vault, event = VaultId(vault_id), EventId(ids.uuid7())

@@ -38,6 +38,8 @@ class Latencies:
     """Calls answered with the expected status."""
     rate: float
     """Calls due a second."""
+    calls_per_second: float
+    """Calls answered a second, from the first one due to the last answer."""
     p50_ms: float
     p99_ms: float
     max_ms: float
@@ -66,6 +68,7 @@ class _Generator:
         self._busy = 0
         self._sent = 0
         self._heard_at = 0.0
+        self._started_at = 0.0
         self.latencies: list[float] = []
         self.lateness: list[float] = []
         self.unexpected = 0
@@ -80,7 +83,7 @@ class _Generator:
 
     def run(self, total: int, interval: float) -> None:
         """Return when every call is answered, or when no answer has come for 10 s."""
-        start = self._heard_at = time.perf_counter() + 0.01
+        start = self._started_at = self._heard_at = time.perf_counter() + 0.01
         due_count = 0
         while due_count < total or self._busy or self._waiting:
             now = time.perf_counter()
@@ -98,6 +101,11 @@ class _Generator:
             select.select([self._epoll.fileno()], [], [], max(0.0, next_due - time.perf_counter()))
             for fd, _ in self._epoll.poll(0):
                 self._receive(self._by_fd[fd])
+
+    @property
+    def seconds(self) -> float:
+        """How long the run took, to the last answer."""
+        return self._heard_at - self._started_at
 
     def _send(self, connection: _Connection, due: float) -> None:
         connection.due = due
@@ -184,6 +192,7 @@ def main() -> None:
         calls=asked.calls,
         answered=len(latencies),
         rate=asked.rate,
+        calls_per_second=len(latencies) / generator.seconds if latencies else 0.0,
         p50_ms=percentile(latencies, 0.50) * 1000,
         p99_ms=percentile(latencies, 0.99) * 1000,
         max_ms=percentile(latencies, 1.0) * 1000,

@@ -32,6 +32,14 @@ class Plan:
     """How long pauses are watched for."""
     usage_events: int
     """Calls under the pages of usage."""
+    settled_developers: tuple[int, ...]
+    """How many developers are settled, each with a thousand calls; from small to large."""
+    rated_subjects: int
+    """Subjects of the meter source whose counters are rated."""
+    rated_minutes: int
+    """Snapshots of it, a minute apart."""
+    webhook_events: int
+    """Events that are told as a backlog."""
 
 
 FULL: Final = Plan(
@@ -46,6 +54,10 @@ FULL: Final = Plan(
     memory_vaults=100_000,
     pause_seconds=20,
     usage_events=10_000_000,
+    settled_developers=(250, 500, 1000),
+    rated_subjects=1000,
+    rated_minutes=1440,
+    webhook_events=100_000,
 )
 QUICK: Final = Plan(
     name="quick",
@@ -59,6 +71,10 @@ QUICK: Final = Plan(
     memory_vaults=10_000,
     pause_seconds=2,
     usage_events=500_000,
+    settled_developers=(50, 100),
+    rated_subjects=100,
+    rated_minutes=480,
+    webhook_events=5_000,
 )
 
 

@@ -12,14 +12,18 @@ from typing import Final, Literal
 import attrs
 
 from bench.bodies import BodyFigures
+from bench.history import HistoryFigure
 from bench.lanes import HOT_CONNECTIONS, LaneFigure, Spread
 from bench.latency import LatencyFigures
 from bench.ledger import LedgerFigures
 from bench.machine import Machine
 from bench.memory import MemoryFigures
 from bench.plan import Plan
+from bench.rating import RatingFigures
+from bench.settlement import SettlementFigures
 from bench.start import StartFigures
 from bench.usage import UsageFigures
+from bench.webhooks import WebhookFigures
 from bench.workers import WorkerFigures
 
 Verdict = Literal["aim", "pass", "MISS", "no figure", "not run"]
@@ -37,6 +41,10 @@ class Results:
     workers: WorkerFigures | None = None
     start: StartFigures | None = None
     usage: UsageFigures | None = None
+    settlement: SettlementFigures | None = None
+    history: tuple[HistoryFigure, ...] | None = None
+    rating: RatingFigures | None = None
+    webhooks: WebhookFigures | None = None
     commit_ms: float | None = None
     """One commit: mean latency of `pgbench -N` by one client."""
     failures: list[str] = attrs.field(factory=list)
@@ -130,6 +138,13 @@ def _calls(results: Results, letter: str) -> Figure | None:
     return Figure(paid.calls_per_second.median / other.calls_per_second.median, f"{note}; one hot vault {hot:.0f}/s")
 
 
+def _limited(results: Results) -> Figure | None:
+    if results.lanes is None:
+        return None
+    limited, paid = _lane(results, "dl").calls_per_second.median, _lane(results, "d").calls_per_second.median
+    return Figure(limited / paid, f"{limited:.0f}/s beside {paid:.0f}/s")
+
+
 def _rounds(results: Results, vaults: Literal["hot", "many"]) -> Figure | None:
     if results.ledger is None:
         return None
@@ -204,11 +219,39 @@ def _usage(results: Results) -> Figure | None:
     return Figure(slowest.ms, f"{slowest.name}, over {seen.events} calls")
 
 
+def _settlement(pick: Callable[[SettlementFigures], Figure]) -> Callable[[Results], Figure | None]:
+    return lambda results: None if results.settlement is None else pick(results.settlement)
+
+
+def _rating(results: Results) -> Figure | None:
+    seen = results.rating
+    if seen is None:
+        return None
+    note = (
+        f"{seen.subjects} subjects, {seen.minutes} minutes; killed after {seen.killed_after_minutes} and gone on with"
+    )
+    return Figure(seen.samples_per_second, note)
+
+
+def _growth(seen: SettlementFigures) -> Figure:
+    last = seen.scales[-1]
+    return Figure(
+        seen.growth,
+        f"{last.developers} developers, {last.events} calls: indexed in {last.index.seconds:.1f} s "
+        f"({last.index.peak_mib:.0f} MiB), settled in {last.settle.seconds:.1f} s ({last.settle.peak_mib:.0f} MiB)",
+    )
+
+
+def _webhooks(pick: Callable[[WebhookFigures], Figure]) -> Callable[[Results], Figure | None]:
+    return lambda results: None if results.webhooks is None else pick(results.webhooks)
+
+
 ROWS: Final = (
     Row("1", "(b) proxy only ÷ (n) nginx, calls per CPU second", "", 0.40, 0.90, True, lambda r: _per_cpu(r, "b")),
     Row("2", "(d) paid ÷ (n) nginx, calls per CPU second", "", 0.15, 0.40, True, lambda r: _per_cpu(r, "d")),
     Row("3", "(d) paid ÷ (b) proxy only, calls/s", "", 0.33, 0.75, True, lambda r: _calls(r, "b")),
     Row("4", "(d) paid ÷ (x) naive stack, calls/s", "", 30, 80, True, lambda r: _calls(r, "x")),
+    Row("4b", "(d) with all limits and a plan ÷ without, calls/s", "", 0.9, 1.0, True, _limited),
     Row("5a", "rounds ÷ transaction per call, one hot vault", "", 25, 80, True, lambda r: _rounds(r, "hot")),
     Row("5b", "rounds ÷ transaction per call, many vaults", "", 20, 50, True, lambda r: _rounds(r, "many")),
     Row("6", "holds + captures: one hot vault ÷ many vaults", "", 0.8, 1.0, True, _hot_over_many),
@@ -238,6 +281,58 @@ ROWS: Final = (
     Row("11", "two workers ÷ one, paid, unpinned, calls/s", "", 1.5, 1.9, True, _workers),
     Row("12", "start to first paid call", "s", 2, 0.7, False, _start),
     Row("13", "slowest page of usage, database time", "ms", 50, 20, False, _usage),
+    Row(
+        "14a",
+        "calls indexed as revenue",
+        "/s",
+        20_000,
+        40_000,
+        True,
+        _settlement(lambda s: Figure(s.scales[-1].events_per_second, f"{s.scales[-1].events} calls")),
+    ),
+    Row(
+        "14b",
+        "transactions for 50 developers",
+        "",
+        2,
+        2,
+        False,
+        _settlement(
+            lambda s: Figure(
+                s.scales[-1].transactions_per_50,
+                f"{s.scales[-1].transactions} in all; {s.scales[-1].in_vain}".rstrip("; "),
+            )
+        ),
+    ),
+    Row("14c", "settling: time for a developer, largest size ÷ smallest", "", 1.2, 1.0, False, _settlement(_growth)),
+    Row("15", "counters rated, samples", "/s", 20_000, 40_000, True, _rating),
+    Row(
+        "15a",
+        "a backlog of webhooks",
+        "/s",
+        200,
+        500,
+        True,
+        _webhooks(lambda w: Figure(w.events_per_second, f"{w.events} events to {w.endpoints} endpoints")),
+    ),
+    Row(
+        "15b",
+        "memory that it adds",
+        "MiB",
+        40,
+        10,
+        False,
+        _webhooks(lambda w: Figure(w.peak_mib - w.base_mib, f"{w.base_mib:.0f} MiB before")),
+    ),
+    Row(
+        "15c",
+        "webhooks: p99 from what happens to its delivery",
+        "s",
+        3,
+        1,
+        False,
+        _webhooks(lambda w: Figure(w.lag_p99_seconds, f"{w.steady_rate:.0f}/s; p50 {w.lag_p50_seconds:.2f} s")),
+    ),
 )
 """The figures to reach."""
 
@@ -282,6 +377,35 @@ def render(machine: Machine, plan: Plan, results: Results) -> str:
         parts += ["", _table(("durable deductions", "callers", "vaults", "calls/s", ""), lines)]
     if results.usage is not None:
         parts += ["", *_pages(results.usage)]
+    if results.settlement is not None:
+        sizes = [
+            (
+                str(each.developers),
+                str(each.events),
+                f"{each.index.seconds:.1f}",
+                f"{each.index.peak_mib:.0f}",
+                f"{each.settle.seconds:.1f}",
+                f"{each.settle.peak_mib:.0f}",
+                str(each.settlements),
+                str(each.transactions),
+            )
+            for each in results.settlement.scales
+        ]
+        head = ("settled developers", "calls", "index s", "MiB", "settle s", "MiB", "settlements", "transactions")
+        parts += ["", _table(head, sizes)]
+    if results.history is not None:
+        aged = [
+            (
+                f"{each.which}, {each.events} past calls",
+                f"{each.calls_per_second:.0f}",
+                f"{each.call_ms:.1f}",
+                f"{each.first_ms:.1f}",
+                f"{each.refused_ms:.1f}",
+            )
+            for each in results.history
+        ]
+        columns = ("vault with limits", "calls/s", "hold and capture ms", "first hold ms", "refusal ms")
+        parts += ["", _table(columns, aged)]
     judged = [
         (
             each.row.number,

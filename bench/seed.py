@@ -13,6 +13,7 @@ import attrs
 from callora.ledger.ids import DeveloperId, Ids, UserId
 from callora.ledger.keys import PREFIX_CHARS, RANDOM_BYTES, hash_key, make_key
 from callora.ledger.money import Stroops, parse_usdc
+from callora.ledger.rating import RateCard
 from callora.service import SystemClock
 from callora.store import accounts
 from callora.store.accounts import PricedEndpoint
@@ -40,6 +41,20 @@ INSERT INTO api_keys (api_key_id, user_id, vault_id, name, prefix, key_hash, las
 SELECT api_key_id, user_id, vault_id, 'bench', prefix, key_hash, last4, $9, $8 FROM made
 """
 
+_LIMIT: Final = """
+INSERT INTO spending_limits (vault_id, api_key_id, period, amount, set_by, set_at)
+SELECT k.vault_id, subject, period, 10000000000000000, k.user_id, now()
+FROM api_keys k, unnest(ARRAY[NULL, k.api_key_id]) AS subject, unnest('{day,week,month,year}'::text[]) AS period
+"""
+"""All four limits of every key and vault, out of reach."""
+
+_PLANS: Final = """
+INSERT INTO plans (plan_id, name, monthly_credits, overage)
+VALUES ('credits', 'Credits', 1000000000000, 'deny'), ('money', 'Money', 1, 'charge')
+"""
+_PLANNED: Final = "UPDATE vaults SET plan_id = CASE WHEN vault_id < $1 THEN 'credits' ELSE 'money' END"
+"""Half of the vaults pay in credits; the others have one, and pay in money while a plan is asked each time."""
+
 
 @attrs.frozen
 class BenchSeed:
@@ -53,7 +68,7 @@ class BenchSeed:
 
 
 async def seed_bench(
-    database_url: str, *, upstream_url: str, vaults: int, balance_usdc: str, price_usdc: str
+    database_url: str, *, upstream_url: str, vaults: int, balance_usdc: str, price_usdc: str, limited: bool = False
 ) -> BenchSeed:
     """Make `vaults` users with a funded vault and a key each, and an API `bench` before `upstream_url`.
 
@@ -63,6 +78,7 @@ async def seed_bench(
         vaults: how many, > 0.
         balance_usdc: deposited in each.
         price_usdc: of any call.
+        limited: give every key and vault all four spending limits, out of reach, and a plan whose credits pay calls.
     """
     clock = SystemClock()
     ids, now = Ids(clock, os.urandom), clock.now()
@@ -78,7 +94,7 @@ async def seed_bench(
             slug=SLUG,
             name="Bench",
             base_url=upstream_url,
-            endpoints=[PricedEndpoint("*", "*", parse_usdc(price_usdc))],
+            endpoints=[PricedEndpoint("*", "*", parse_usdc(price_usdc), RateCard(unit_credits=1) if limited else None)],
             now=now,
         )
         while len(vault_ids) < vaults:
@@ -86,6 +102,10 @@ async def seed_bench(
             made_ids, made_keys = await _add_vaults(database, ids, count, parse_usdc(balance_usdc), now)
             vault_ids += made_ids
             api_keys += made_keys
+        if limited:
+            await database.execute(_LIMIT)
+            await database.execute(_PLANS)
+            await database.execute(_PLANNED, sorted(vault_ids)[len(vault_ids) // 2])
         await database.execute("ANALYZE")  # or it would be done by the server in the middle of a run
     return BenchSeed(f"/v1/call/{SLUG}/hello", tuple(api_keys), tuple(vault_ids))
 

@@ -93,8 +93,14 @@ class Stack:
     postgres: Postgres
     upstream: Nginx
 
-    async def tenant(self, name: str, *, vaults: int, upstream_port: int | None = None) -> Tenant:
-        """Make a database with this many funded vaults, a key each, and one priced endpoint before the upstream."""
+    async def tenant(
+        self, name: str, *, vaults: int, upstream_port: int | None = None, limited: bool = False
+    ) -> Tenant:
+        """Make a database with this many funded vaults, a key each, and one priced endpoint before the upstream.
+
+        Args:
+            limited: every key and vault has spending limits, and a plan that is asked on each call.
+        """
         dsn = await self.postgres.create(f"bench_{name}")
         argv = [sys.executable, "-m", "callora", "migrate"]
         done = await trio.run_process(
@@ -108,6 +114,7 @@ class Stack:
             vaults=vaults,
             balance_usdc=BALANCE_USDC,
             price_usdc=PRICE_USDC,
+            limited=limited,
         )
         keys = write_keys(self.directory / f"{name}.keys", seed.api_keys)
         return Tenant(dsn=dsn, path=seed.path, api_keys=list(seed.api_keys), keys=keys, vault_ids=list(seed.vault_ids))

@@ -29,9 +29,10 @@ from bench.usage_seed import (
     vault_id,
 )
 from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, EventId, VaultId
+from callora.ledger.spending import PERIODS
 from callora.service import SystemClock
 from callora.store.bridge import Connection, Database, Row, open_database
-from callora.store.reads import calls
+from callora.store.reads import calls, settlements, spending
 from callora.store.reads import usage as reads
 from callora.store.rollup import advance, rebuild
 
@@ -159,7 +160,16 @@ def _pages(now: datetime) -> dict[str, Page]:
         "developer: 30 days, top users": lambda database: reads.top_callers(
             database, attrs.evolve(mine, since=end - 30 * _DAY), 10
         ),
-        "developer: revenue": lambda database: reads.earned(database, mine.developer_id),
+        "developer: revenue": lambda database: settlements.revenue_of(database, "testnet", mine.developer_id),
+        "large: spent by a key, four periods": lambda database: spending.spent_in(
+            database, large[0], now, PERIODS, [key], vault=False
+        ),
+        "large: spent by all keys, four periods": lambda database: spending.spent_in(
+            database, large[0], now, PERIODS, [], vault=True
+        ),
+        "small: spent by all keys, four periods": lambda database: spending.spent_in(
+            database, small[0], now, PERIODS, [], vault=True
+        ),
         "operator: everyone, 90 days": lambda database: reads.all_days(database, today - DAYS * _DAY),
         "operator: top users, 30 days": lambda database: reads.top_users(database, today - 30 * _DAY, 20),
     }

@@ -90,16 +90,22 @@ FROM dated
 """
 
 
-async def seed_usage(database: Database, now: datetime, events: int, tell: Callable[[str], None]) -> None:
-    """Make the people and about `events` calls in the quarter that ends now."""
+async def seed_usage(
+    database: Database, now: datetime, events: int, tell: Callable[[str], None], large_share: int = LARGE_SHARE
+) -> None:
+    """Make the people and about `events` calls in the quarter that ends now.
+
+    Args:
+        large_share: the large vault's part of them, as a divisor.
+    """
     await database.execute(_ROOM)
     await database.execute(_RELOAD)
     await database.execute(_PEOPLE)
     start = now - timedelta(days=DAYS)
     for day in range(0, DAYS + 1, 15):
         await usage.ensure_partitions(database, start + timedelta(days=day))
-    large = events // LARGE_SHARE // DAYS
-    small = (events - events // LARGE_SHARE) // DAYS // VAULTS
+    large = events // large_share // DAYS
+    small = (events - events // large_share) // DAYS // VAULTS
     for day in range(DAYS):
         await database.execute(_DAY, start + timedelta(days=day), timedelta(days=1), large, small)
         if day % 15 == 14:

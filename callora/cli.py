@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import attrs
 import click
@@ -19,12 +19,18 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from callora.config import ConfigurationInvalid, Settings, load_settings
+from callora.config import ConfigurationInvalid, RedisAddress, Settings, load_settings
 from callora.http.gateway.listener import open_listener
-from callora.ledger.faults import CalloraFault, leaves_of
+from callora.ledger.faults import CalloraFault, ChainMismatch, leaves_of
+from callora.ledger.money import format_usdc
 from callora.logs import Logs
 from callora.service import Context, Ledger, Serving, SystemClock, serve
 from callora.store.bridge import StatementRejected
+
+if TYPE_CHECKING:
+    from callora.chain_part import ChainPart
+    from callora.demo import DevCredentials
+    from callora.sandbox import SandboxPlan
 
 DATA_DIR: Final = Path(".callora")
 LOOPBACK: Final = "127.0.0.1/32"
@@ -32,9 +38,12 @@ _DSN_FILE: Final = "database_url"
 ROLLUP_SECONDS_MAX: Final = 600
 ROLLUP_SPAN: Final = timedelta(days=1)
 """How much one database transaction counts, and how long it may take."""
+REVENUE_SPAN: Final = timedelta(hours=1)
+REASON_MAX: Final = 500
 _UNDEFINED_TABLE: Final = "42P01"
-_GC_THRESHOLDS: Final = (50_000, 20, 100)
-"""Young objects are collected seldom and old ones hardly ever: calls make no cycles, and a full pass stops them all."""
+_GC_THRESHOLDS: Final = (3_000, 2, 16_000)
+"""Calls make no cycles, so collecting finds next to nothing and stops them all. A pass looks at 9 000 objects at most,
+a hundredth of a second where they have left the caches; all of them, millions where vaults are many, hardly ever."""
 
 _data_dir = click.option(
     "--data-dir",
@@ -69,7 +78,7 @@ def _run(main: Callable[[], Awaitable[int]]) -> NoReturn:
         leaves = list(leaves_of(raised))
         if not all(map(_tellable, leaves)):
             raise
-        _fail(f"callora: {_said(leaves[0])}", 1)
+        _fail(f"callora: {_said(leaves[0])}", 2 if isinstance(leaves[0], ChainMismatch) else 1)
     sys.exit(code)
 
 
@@ -230,10 +239,21 @@ async def _run_workers(dsn: str, count: int, stop: _Stop, logs: Logs) -> int:
 @click.option(
     "--port", type=click.IntRange(0, 65535), help="The port; 0 lets the system choose. [default: PORT or 3000]"
 )
+@click.option(
+    "--sandbox-port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    help="The sandbox ledger's. [default: the system's choice]",
+)
+@click.option("--example", type=click.Choice(["mana"]), help="Publish an example beside the demo API (README).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready, and everything else as errors.")
-def dev(data_dir: Path, port: int | None, as_json: bool) -> None:
-    """Run everything on this machine: embedded PostgreSQL, a demo API with its upstream, a funded caller with a key."""
+def dev(data_dir: Path, port: int | None, sandbox_port: int, example: str | None, as_json: bool) -> None:
+    """Run everything on this machine: embedded PostgreSQL, a demo API with its upstream, a funded caller with a key.
+
+    And a sandbox ledger in place of a Stellar network, unless SOROBAN_RPC_ENABLED says what to use.
+    """
     from callora.demo import dev_credentials
+    from callora.example_mana import ALIASES
 
     data_dir.mkdir(parents=True, exist_ok=True)
     credentials = dev_credentials(data_dir)
@@ -243,18 +263,26 @@ def dev(data_dir: Path, port: int | None, as_json: bool) -> None:
         "JWT_SECRET": credentials.jwt_secret,
         "METRICS_API_KEY": credentials.metrics_api_key,
     }
+    # Whoever tries it out looks at once.
+    defaults = secrets | {"REVENUE_LEDGER_INDEXER_INTERVAL_MS": "2000"}
     environ = {
         **os.environ,
-        **{name: value for name, value in secrets.items() if not os.environ.get(name)},
+        **{name: value for name, value in defaults.items() if not os.environ.get(name)},
         "UPSTREAM_HOST_ALLOWLIST": f"{allowed},{LOOPBACK}" if allowed else LOOPBACK,
     }
     if port is not None:
         environ["PORT"] = str(port)
+    if example is not None and not os.environ.get("CALL_ALIASES"):
+        environ["CALL_ALIASES"] = ",".join(f"{prefix}={target}" for prefix, target in ALIASES.items())
     if _settings(environ).is_production:
         _fail("callora dev is not for production: it makes a funded demo account. Use callora serve.", 2)
     if not os.environ.get("AUTH_SIGNING_SEED"):
         # Not before: in production it would need a domain, and that is not what is wrong with this command there.
         environ["AUTH_SIGNING_SEED"] = credentials.auth_signing_seed
+    sandbox = None
+    if not os.environ.get("SOROBAN_RPC_ENABLED"):
+        sandbox = _dev_sandbox(data_dir, sandbox_port, credentials)
+        environ |= sandbox.settings
     settings = _settings(environ)
     gc.set_threshold(*_GC_THRESHOLDS)
     clock = SystemClock()
@@ -265,22 +293,59 @@ def dev(data_dir: Path, port: int | None, as_json: bool) -> None:
             context = Context.make(settings, logs, clock)
 
             async def main(stop: _Stop) -> int:
-                async with _database_url(settings, data_dir, shared=False) as dsn:
+                async with AsyncExitStack() as stack:
+                    dsn = await stack.enter_async_context(_database_url(settings, data_dir, shared=False))
                     await _migrate(dsn, clock)
-                    return await _serve_demo(context, dsn, data_dir, stop, as_json=as_json)
+                    if sandbox is not None:
+                        await stack.enter_async_context(sandbox.running(clock))
+                    facts = attrs.asdict(sandbox.facts) if sandbox is not None else None
+                    return await _serve_demo(context, dsn, data_dir, stop, facts, example=example, as_json=as_json)
 
             return await _run_until_stopped(main)
 
     _run(run)
 
 
-async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: _Stop, *, as_json: bool) -> int:
+def _dev_sandbox(data_dir: Path, port: int, credentials: "DevCredentials") -> "SandboxPlan":
+    from callora.demo import GRANT
+    from callora.ledger.money import parse_usdc
+    from callora.sandbox import DEV_CLOSE_SECONDS, SandboxPlan
+
+    try:
+        listener = open_listener("127.0.0.1", port, shared=False)
+    except OSError as error:
+        _fail(f"callora: {_said(error)}", 1)
+    keys = credentials.chain_settings()
+    return SandboxPlan.make(
+        listener,
+        data_dir,
+        DEV_CLOSE_SECONDS,
+        keys,
+        trusting=[credentials.developer_wallet_seed],
+        opening=parse_usdc(GRANT),
+    )
+
+
+async def _serve_demo(
+    context: Context,
+    dsn: str,
+    data_dir: Path,
+    stop: _Stop,
+    sandbox: dict[str, str] | None,
+    *,
+    example: str | None,
+    as_json: bool,
+) -> int:
     from callora.demo import Demo, demo_token, dev_credentials, ensure_demo
     from callora.demo_upstream import serve_demo_upstream
+    from callora.example_mana import ensure_mana, make_mana
 
     credentials = dev_credentials(data_dir)
     async with trio.open_nursery() as nursery:
         upstream_url = await nursery.start(serve_demo_upstream)
+        mana_url = None
+        if example == "mana":
+            mana_url = await nursery.start(partial(serve_demo_upstream, make_app=make_mana))
         demo: Demo
 
         async def prepare(ledger: Ledger) -> None:
@@ -288,6 +353,8 @@ async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: _Stop, *
             # open its breaker.
             nonlocal demo
             demo = await ensure_demo(context, ledger, credentials, upstream_url)
+            if mana_url is not None:
+                await ensure_mana(context, ledger, demo, mana_url)
 
         async def show(serving: Serving) -> None:
             consumer_token = await demo_token(context, serving.ledger, demo.consumer_id)
@@ -307,12 +374,15 @@ async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: _Stop, *
                 },
                 "developer": {
                     "user_id": demo.developer_user_id,
+                    "wallet": demo.developer_wallet,
+                    "wallet_seed": credentials.developer_wallet_seed,
                     "api_id": demo.api_id,
                     "api_slug": "weather-api",
                     "token": developer_token,
                 },
+                "sandbox": sandbox,
             }
-            welcome = _welcome(serving.url, credentials.consumer_api_key, consumer_token)
+            welcome = _welcome(serving.url, credentials.consumer_api_key, consumer_token, sandbox, example)
             click.echo(json.dumps(facts) if as_json else welcome)
 
         code = await serve(context, dsn, stop.as_drain(), prepare=prepare, on_ready=show)
@@ -320,7 +390,21 @@ async def _serve_demo(context: Context, dsn: str, data_dir: Path, stop: _Stop, *
     return code
 
 
-def _welcome(url: str, key: str, token: str) -> str:
+def _welcome(url: str, key: str, token: str, sandbox: dict[str, str] | None, example: str | None) -> str:
+    mana = chain = ""
+    if example == "mana":
+        mana = f"""
+The example: three APIs with rate cards, paid by the plan's credits; X-Callora-Credits says how many:
+  curl -i -H 'X-Api-Key: {key}' -d '{{"query":"tides"}}' '{url}/v1/search'
+  curl -i -H 'X-Api-Key: {key}' -d '{{"urls":["a","b","c"]}}' '{url}/v1/extract/bulk'
+  curl -i -H 'X-Api-Key: {key}' -F 'file=@sound.wav' '{url}/v1/stt/transcribe'
+  curl -H 'X-Api-Key: {key}' -d '{{"text":"ahoy","format":"wav"}}' -o ahoy.wav '{url}/v1/tts/synthesize'
+"""
+    if sandbox is not None:
+        chain = f"""
+A sandbox ledger stands in for Stellar (RPC {sandbox["rpc_url"]}, Horizon {sandbox["horizon_url"]}). What it is:
+  curl {sandbox["horizon_url"]}/sandbox
+"""
     return f"""
 Callora is ready at {url}
 
@@ -331,16 +415,105 @@ A dearer one, a body, and one whose retry costs nothing:
   curl -i -H 'X-Api-Key: {key}' '{url}/v1/call/weather-api/forecast?days=3'
   curl -i -H 'X-Api-Key: {key}' -d '{{"unit":"celsius"}}' '{url}/v1/call/weather-api/reports/berlin'
   curl -i -H 'X-Api-Key: {key}' -H 'Idempotency-Key: first-order' -X POST '{url}/v1/call/weather-api/reports/oslo'
-
+{mana}
 The same caller on the dashboard's REST ({url}/api/docs), for a day:
   curl -H 'Authorization: Bearer {token}' '{url}/api/auth/sessions'
 
 Health and metrics:
   curl {url}/api/health
   curl {url}/api/metrics
-
+{chain}
 Ctrl-C drains and stops. The next start keeps the data.
 """
+
+
+@main.command()
+@_data_dir
+@click.option("--host", default="127.0.0.1", show_default=True, help="Whoever reaches it may do everything in it.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: the system chooses.")
+@click.option(
+    "--close-seconds",
+    type=click.FloatRange(0, 3600),
+    default=5.0,
+    show_default=True,
+    help="How often a ledger closes; 0 for only by POST /sandbox/close.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
+def sandbox(data_dir: Path, host: str, port: int, close_seconds: float, as_json: bool) -> None:
+    """Serve a sandbox ledger alone: a stand-in for a Stellar network, for tests and first steps (docs/sandbox.md)."""
+    from callora.demo import dev_credentials
+    from callora.sandbox import NOTICE, SandboxPlan
+
+    data_dir.mkdir(parents=True, exist_ok=True)
+    credentials = dev_credentials(data_dir)
+
+    async def run() -> int:
+        async def main(stop: _Stop) -> int:
+            listener = open_listener(host, port, shared=False)
+            keys, trusting = credentials.chain_settings(), [credentials.developer_wallet_seed]
+            plan = SandboxPlan.make(listener, data_dir, close_seconds or None, keys, trusting=trusting)
+            async with plan.running(SystemClock()):
+                facts = attrs.asdict(plan.facts)
+                if as_json:
+                    click.echo(json.dumps(facts))
+                else:
+                    click.echo("\n".join([NOTICE, *(f"  {name:24}{value}" for name, value in facts.items())]))
+                await stop.as_drain().wait()
+            return 0
+
+        return await _run_until_stopped(main)
+
+    _run(run)
+
+
+def _one_in(name: str, what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(name, type=click.IntRange(0), default=0, show_default=True, help=f"One snapshot in N {what}.")
+
+
+@main.command(name="exporter-sim")
+@click.option("--port", type=click.IntRange(0, 65535), default=8082, show_default=True, help="0: the system chooses.")
+@click.option("--token", envvar="EXPORTER_SIM_TOKEN", required=True, help="What readers present as a Bearer token.")
+@click.option("--seed", type=int, default=1, show_default=True, help="The same seed gives the same counters.")
+@click.option("--node-id", default="sim-1", show_default=True)
+@click.option("--env", default="dev", show_default=True)
+@click.option("--subjects", type=click.IntRange(1, 100_000), default=10, show_default=True)
+@click.option(
+    "--interval", type=click.FloatRange(0.1), default=60.0, show_default=True, help="Seconds between snapshots."
+)
+@click.option(
+    "--minutes", type=click.IntRange(0), default=10, show_default=True, help="How long ago its counters were 0."
+)
+@_one_in("--resets", "finds a subject's counters begun anew")
+@_one_in("--restarts", "finds all counters begun anew")
+@_one_in("--gaps", "is never taken")
+@_one_in("--late", "is seen three intervals late")
+@_one_in("--duplicates", "comes twice")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line when ready.")
+def exporter_sim(port: int, token: str, interval: float, minutes: int, as_json: bool, **plan_fields: Any) -> None:
+    """Serve a reference exporter on this machine: made-up counters to collect, and at /truth what they come to."""
+    from callora.demo_upstream import serve_demo_upstream
+    from callora.exporter_sim import SimNode, SimPlan, make_exporter, whole_minutes_ago
+
+    clock = SystemClock()
+    plan = SimPlan(began_at=whole_minutes_ago(clock.now(), minutes), interval_seconds=interval, **plan_fields)
+
+    async def run() -> int:
+        async def main(stop: _Stop) -> int:
+            async with trio.open_nursery() as nursery:
+                make_app = partial(make_exporter, plan, clock, token)
+                url = await nursery.start(partial(serve_demo_upstream, make_app=make_app, port=port))
+                subjects = SimNode(plan).subjects
+                facts = {"url": url, "node_id": plan.node_id, "env": plan.env, "subjects": subjects}
+                click.echo(
+                    json.dumps(facts) if as_json else f"{plan.node_id} ({plan.env}) at {url}\n" + "\n".join(subjects)
+                )
+                await stop.as_drain().wait()
+                nursery.cancel_scope.cancel()
+            return 0
+
+        return await _run_until_stopped(main)
+
+    _run(run)
 
 
 @main.command()
@@ -434,11 +607,13 @@ def revoke_key(data_dir: Path, key: str) -> None:
     settings = _settings(os.environ)
 
     async def run() -> int:
+        from callora.ledger.ids import Ids
         from callora.store.bridge import open_database
         from callora.store.keys import revoke_keys
 
         async with _database_url(settings, data_dir, shared=True) as dsn, open_database(dsn) as database:
-            revoked = await revoke_keys(database, key, SystemClock().now())
+            clock = SystemClock()
+            revoked = await revoke_keys(database, key, clock.now(), Ids(clock, os.urandom).uuid7)
         for row in revoked:
             click.echo(f"revoked {row['api_key_id']} {row['prefix']}…")
         if not revoked:
@@ -483,6 +658,248 @@ def list_keys_command(data_dir: Path, vault_id: object, limit: int) -> None:
     _run(run)
 
 
+_SENT_SECONDS_MAX: Final = 120.0
+"""How long a command waits for what it passed on to be in a ledger."""
+_signed = click.option("--signed", help="What the owner signed, base64 XDR; - reads it from standard input.")
+
+
+def _at_counter(work: "Callable[[ChainPart], Awaitable[int]]", data_dir: Path) -> NoReturn:
+    """Run what an operator does about the chain, beside running services."""
+    settings = _settings(os.environ)
+    clock = SystemClock()
+
+    async def run() -> int:
+        from callora.chain_part import open_counter
+        from callora.service import Budget, chain_desk, open_ledger
+
+        with _logs(settings, clock) as logs:
+            context = Context.make(settings, logs, clock)
+            async with (
+                _database_url(settings, data_dir, shared=True) as dsn,
+                open_ledger(context, dsn, Budget(settings.drain_timeout_seconds)) as ledger,
+                open_counter(chain_desk(context, ledger)) as part,
+            ):
+                return await work(part)
+
+    _run(run)
+
+
+def _text(given: str) -> str:
+    return sys.stdin.read().strip() if given == "-" else given
+
+
+async def _tell_signing(part: "ChainPart", outcome: object) -> int:
+    """Print what is to be signed, or wait for what was passed on and tell what became of it."""
+    from callora.actors.treasury_answers import Admitted, Offered, Taken
+    from callora.ledger.chain import Applied
+    from callora.ledger.submission import Alive
+
+    if isinstance(outcome, Offered):
+        click.echo(outcome.envelope.xdr)
+        click.echo(
+            f"hash {outcome.envelope.hash}; sign it with the owner's key until {outcome.expires_at:%Y-%m-%d %H:%M} UTC,"
+            " and give it back by --signed",
+            err=True,
+        )
+        return 0
+    if isinstance(outcome, Admitted):
+        click.echo("admitted already")
+        return 0
+    if not isinstance(outcome, Taken):
+        click.echo(_counter_refusal(outcome), err=True)
+        return 1
+    with trio.move_on_after(_SENT_SECONDS_MAX):
+        while isinstance(became := await part.submitter.outcome(outcome.tx_hash), Alive | None):  # noqa: ASYNC110
+            await trio.sleep(1)
+        if isinstance(became, Applied) and became.successful:
+            await part.treasury.depositors.look()
+            click.echo(f"applied in ledger {became.ledger}")
+            return 0
+        click.echo(f"not applied: {became}", err=True)
+        return 1
+    click.echo(f"transaction {outcome.tx_hash} is sent and not in a ledger yet; running services follow it", err=True)
+    return 1
+
+
+def _counter_refusal(outcome: object) -> str:
+    """Return a line for an operator: why nothing was done."""
+    from callora.actors.treasury_answers import ContractRefuses, MayBePaid, NotAsked, NotOpen, NotTaken
+
+    match outcome:
+        case NotAsked():
+            return "nobody has asked for this address"
+        case ContractRefuses(reason):
+            return f"the vault contract would refuse it: {reason}"
+        case NotTaken(reason):
+            return f"not sent: {reason}"
+        case NotOpen():
+            return "no withdrawal of this id waits to be paid"
+        case MayBePaid():
+            return "a payment of it may still be applied: ask again when the time to send it is over"
+    raise AssertionError(outcome)
+
+
+@main.group()
+def depositors() -> None:
+    """Who may deposit: list, admit and refuse addresses, where the key of the vault contract's owner is elsewhere."""
+
+
+@depositors.command(name="list")
+@_data_dir
+@click.option("--state", type=click.Choice(["asked", "admitted", "refused"]), help="Only these.")
+def list_depositors_command(data_dir: Path, state: str | None) -> None:
+    """List addresses that users want to deposit from, in the order in which they asked."""
+    settings = _settings(os.environ)
+
+    async def run() -> int:
+        from callora.store.bridge import open_database
+        from callora.store.reads.chain import list_depositors
+
+        async with _database_url(settings, data_dir, shared=True) as dsn, open_database(dsn) as database:
+            found = await list_depositors(database, settings.stellar_network, state, None, 10_000)
+        table = Table("address", "user", "state", "asked", "reason")
+        for each in found:
+            table.add_row(each.address, each.user_id, each.state, f"{each.asked_at:%Y-%m-%d %H:%M}", each.reason or "")
+        Console(width=200 if not sys.stdout.isatty() else None).print(table)
+        return 0
+
+    _run(run)
+
+
+@depositors.command(name="admit")
+@_data_dir
+@click.argument("address")
+@_signed
+def admit_depositor_command(data_dir: Path, address: str, signed: str | None) -> None:
+    """Print the transaction that admits an address, for the owner to sign offline; with --signed, send it."""
+
+    async def work(part: "ChainPart") -> int:
+        desk = part.treasury.depositors
+        outcome = await desk.offer(address) if signed is None else await desk.take(address, _text(signed))
+        return await _tell_signing(part, outcome)
+
+    _at_counter(work, data_dir)
+
+
+@depositors.command(name="refuse")
+@_data_dir
+@click.argument("address")
+@click.option("--reason", required=True, help="The user is told.")
+def refuse_depositor_command(data_dir: Path, address: str, reason: str) -> None:
+    """Refuse an address."""
+
+    async def work(part: "ChainPart") -> int:
+        refused = await part.treasury.depositors.refuse(address, reason)
+        click.echo("refused" if refused else "nobody has asked for it, or it is refused already", err=not refused)
+        return 0 if refused else 1
+
+    _at_counter(work, data_dir)
+
+
+@main.group()
+def withdrawals() -> None:
+    """Withdrawals that wait to be paid: list, pay and refuse them, where the key of the vault's owner is elsewhere."""
+
+
+@withdrawals.command(name="list")
+@_data_dir
+def list_withdrawals_command(data_dir: Path) -> None:
+    """List withdrawals under way, the oldest first."""
+    settings = _settings(os.environ)
+
+    async def run() -> int:
+        from callora.ledger.money import format_usdc
+        from callora.store.bridge import open_database
+        from callora.store.reads.chain import open_withdrawals
+
+        async with _database_url(settings, data_dir, shared=True) as dsn, open_database(dsn) as database:
+            found = await open_withdrawals(database, settings.stellar_network, None, 10_000)
+        table = Table("id", "user", "to", "USDC", "state", "asked")
+        for each in found:
+            table.add_row(
+                each.withdrawal_id,
+                each.user_id,
+                each.address,
+                format_usdc(each.amount),
+                each.state,
+                f"{each.asked_at:%Y-%m-%d %H:%M}",
+            )
+        Console(width=240 if not sys.stdout.isatty() else None).print(table)
+        return 0
+
+    _run(run)
+
+
+@withdrawals.command(name="pay")
+@_data_dir
+@click.argument("withdrawal_id", type=click.UUID)
+@_signed
+def pay_withdrawal_command(data_dir: Path, withdrawal_id: object, signed: str | None) -> None:
+    """Print the payment of a withdrawal, for the owner to sign offline; with --signed, send it."""
+
+    async def work(part: "ChainPart") -> int:
+        desk, name = part.treasury.withdrawals, str(withdrawal_id)
+        outcome = await desk.offer(name) if signed is None else await desk.take(name, _text(signed))
+        return await _tell_signing(part, outcome)
+
+    _at_counter(work, data_dir)
+
+
+@withdrawals.command(name="refuse")
+@_data_dir
+@click.argument("withdrawal_id", type=click.UUID)
+@click.option("--reason", required=True, help="The user is told.")
+def refuse_withdrawal_command(data_dir: Path, withdrawal_id: object, reason: str) -> None:
+    """Give a withdrawal back to its vault instead of paying it."""
+
+    async def work(part: "ChainPart") -> int:
+        from callora.store.withdrawals import Withdrawal
+
+        refused = await part.treasury.withdrawals.refuse(str(withdrawal_id), reason)
+        if isinstance(refused, Withdrawal):
+            click.echo("given back")
+            return 0
+        click.echo(_counter_refusal(refused), err=True)
+        return 1
+
+    _at_counter(work, data_dir)
+
+
+SETTLE_SECONDS_MAX: Final = 300.0
+
+
+@main.command()
+@_data_dir
+@click.option("--now", "at_once", is_flag=True, required=True, help="Do not wait for SETTLEMENT_INTERVAL_MS.")
+@click.option("--wait", "wait_seconds", type=click.FloatRange(1, 86_400), default=SETTLE_SECONDS_MAX, show_default=True)
+def settle(data_dir: Path, at_once: bool, wait_seconds: float) -> None:
+    """Pay developers what they have earned up to now: a running service is asked to; where none runs, this does it.
+
+    Exit code 0 when everything under way has ended and nothing failed, else 1.
+    """
+    settings = _settings(os.environ)
+    clock = SystemClock()
+
+    async def run() -> int:
+        from callora.settling import settle_now
+
+        with _logs(settings, clock) as logs:
+            context = Context.make(settings, logs, clock)
+            async with _database_url(settings, data_dir, shared=True) as dsn:
+                settled = await settle_now(context, dsn, wait_seconds)
+        table = Table("developer", "address", "USDC", "state", "transaction")
+        for each in settled.payments:
+            told = each.tx_hash or each.failure or ""
+            table.add_row(each.name or each.developer_id, each.address, format_usdc(each.amount), each.state, told)
+        if settled.payments:
+            Console(width=240 if not sys.stdout.isatty() else None).print(table)
+        click.echo(settled.said)
+        failed = any(each.state == "failed" for each in settled.payments)
+        return 0 if settled.ended and not failed else 1
+
+    _run(run)
+
+
 @main.command()
 @_data_dir
 @click.option("--rebuild", is_flag=True, help="Forget every sum and count anew; sums grow back meanwhile.")
@@ -519,6 +936,117 @@ def rollup(data_dir: Path, rebuild: bool) -> None:
     _run(run)
 
 
+@main.group()
+def settlements() -> None:
+    """What became of payments to developers where only an operator can decide."""
+
+
+@settlements.command(name="release")
+@_data_dir
+@click.argument("settlement_id", type=click.UUID)
+@click.option("--reason", required=True, help="The developers are told.")
+def release_settlement_command(data_dir: Path, settlement_id: object, reason: str) -> None:
+    """Say that a settlement's charge is lost with a history that is over: its revenue is settled anew.
+
+    Refused unless the network has begun another history. Where the charge was real, this pays developers twice.
+    """
+    settings = _settings(os.environ)
+
+    async def run() -> int:
+        from callora.ledger.ids import Ids
+        from callora.store import settlements as store
+        from callora.store.bridge import open_database
+
+        clock = SystemClock()
+        async with _database_url(settings, data_dir, shared=True) as dsn, open_database(dsn) as database:
+            found = await store.find(database, str(settlement_id))
+            new_id = Ids(clock, os.urandom).uuid7
+            done = found is not None and await store.fail(database, found, reason, new_id, clock.now(), lost=True)
+        click.echo("released" if done else "there is none that can be released by this id", err=not done)
+        return 0 if done else 1
+
+    _run(run)
+
+
+@main.command()
+@_data_dir
+@click.option("--rebuild", is_flag=True, help="Look at every call again; what is missing is added, nothing is changed.")
+def revenue(data_dir: Path, rebuild: bool) -> None:
+    """Index the revenue of developers up to now, which running services do by themselves."""
+    settings = _settings(os.environ)
+
+    async def run() -> int:
+        from callora.store import revenue as entries
+        from callora.store.bridge import open_database
+
+        clock = SystemClock()
+        async with (
+            _database_url(settings, data_dir, shared=True) as dsn,
+            open_database(dsn, command_seconds=ROLLUP_SECONDS_MAX) as database,
+        ):
+            await entries.set_fee(database, settings.platform_fee_bps, clock.now())
+            if rebuild:
+                await entries.look_again(database)
+            count, behind = 0, True
+            while behind:
+                made = await entries.advance(database, clock.now(), span=REVENUE_SPAN, wait=True)
+                assert made is not None, "it waits for its turn"
+                count, behind = count + made.entries, made.behind
+                if behind:
+                    click.echo(f"indexed until {made.as_of:%Y-%m-%d %H:%M}", err=True)
+        click.echo(f"indexed {count} entries more")
+        return 0
+
+    _run(run)
+
+
+DAYS: Final = 7
+
+
+@main.command()
+@_data_dir
+@click.option("--days", type=click.IntRange(1, 3660), default=DAYS, show_default=True, help="How far back to look.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option("--clear", "cleared", type=click.UUID, help="Clear what you have explained, by its id; needs --reason.")
+@click.option("--reason", help="Why it is cleared, 1 to 500 characters.")
+def reconcile(data_dir: Path, days: int, as_json: bool, cleared: object, reason: str | None) -> None:
+    """Compare usage, revenue, settlements and the chain, which running services do by themselves.
+
+    What does not add up is kept, and stops new settlements until it is cleared and settlement is resumed. Exit code 1
+    when anything is open, or nobody could tell of something.
+    """
+    settings = _settings(os.environ)
+    if (cleared is None) != (reason is None) or (reason is not None and not 1 <= len(reason) <= REASON_MAX):
+        _fail(f"callora reconcile: --clear and --reason go together, and a reason has 1 to {REASON_MAX} characters", 2)
+
+    async def run() -> int:
+        from callora.reconciling import clear_one, compare_books, shown
+
+        clock = SystemClock()
+        with _logs(settings, clock) as logs:
+            context = Context.make(settings, logs, clock)
+            async with _database_url(settings, data_dir, shared=True) as dsn:
+                if cleared is not None and reason is not None:
+                    found = await clear_one(context, dsn, str(cleared), reason)
+                    click.echo("cleared" if found else "nothing of this id waits to be cleared", err=not found)
+                    return 0 if found else 1
+                compared = await compare_books(context, dsn, timedelta(days=days))
+        if as_json:
+            click.echo(json.dumps(shown(compared), indent=2))
+        elif compared.open:
+            table = Table("class", "subject", "USDC", "finding", "id")
+            for each in compared.open:
+                amount = format_usdc(each.found.difference)
+                table.add_row(each.found.kind, each.found.subject, amount, each.found.said, each.discrepancy_id)
+            Console(width=240 if not sys.stdout.isatty() else None).print(table)
+        if not as_json:
+            untold = f"; of {compared.untold} nobody could tell" if compared.untold else ""
+            click.echo(f"{len(compared.open)} discrepancies; asked the network of {compared.asked}{untold}")
+        return 1 if compared.open or compared.untold else 0
+
+    _run(run)
+
+
 @attrs.frozen
 class _Line:
     name: str
@@ -538,8 +1066,12 @@ def doctor(data_dir: Path) -> None:
 
     async def run() -> int:
         lines = [_Line("configuration", True, settings.environment)]
+        if settings.redis_address is not None:
+            lines.append(await _examine_rate_store(settings.redis_address))
         async with _database_url(settings, data_dir, shared=True) as dsn:
             lines += await _examine(dsn, settings)
+            if settings.soroban_rpc_enabled:
+                lines.append(await _examine_chain(dsn, settings))
         _show(lines)
         return 0 if all(line.good for line in lines) else 1
 
@@ -564,6 +1096,33 @@ async def _examine(dsn: str, settings: Settings) -> list[_Line]:
                 said = "holds" if not finding.wrong else f"{finding.wrong} break it, such as {finding.example}"
                 lines.append(_Line(finding.rule, not finding.wrong, said))
     return lines
+
+
+async def _examine_rate_store(address: RedisAddress) -> _Line:
+    from callora.store.pace import examine
+
+    try:
+        found = await examine(address)
+    except CalloraFault as fault:
+        return _Line("rate limits", False, f"REDIS_URL cannot be used: {fault}")
+    if found.eviction is not None:
+        return _Line("rate limits", False, f"{found.name} forgets limits when full: {found.eviction}, not noeviction")
+    return _Line("rate limits", True, f"{found.name} answers in {found.answer_seconds * 1000:.1f} ms")
+
+
+async def _examine_chain(dsn: str, settings: Settings) -> _Line:
+    """Ask the contracts whether the keys are those they expect. Nothing is sent."""
+    from callora.chain_part import examine
+    from callora.service import Budget, chain_desk, open_ledger
+
+    clock = SystemClock()
+    with _logs(settings, clock) as logs:
+        context = Context.make(settings, logs, clock)
+        async with open_ledger(context, dsn, Budget(settings.drain_timeout_seconds)) as ledger:
+            try:
+                return _Line("chain", True, await examine(chain_desk(context, ledger)))
+            except CalloraFault as fault:
+                return _Line("chain", False, str(fault))
 
 
 def _show(lines: list[_Line]) -> None:

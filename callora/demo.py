@@ -11,21 +11,25 @@ import attrs
 from callora.actors.sessions import Sessions, Visitor
 from callora.dashboard import token_settings
 from callora.http.rest.identity import mint_access_token
-from callora.ledger.commands import Deposit
+from callora.ledger.commands import Grant
 from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, UserId, VaultId
 from callora.ledger.keys import RANDOM_BYTES, make_key
 from callora.ledger.money import parse_usdc
 from callora.ledger.outcomes import BalanceMoved
 from callora.ledger.wallets import KEY_BYTES, make_seed
 from callora.service import Context, Ledger
+from callora.stellar.envelopes import Signer
 from callora.store import accounts
 from callora.store.accounts import PricedEndpoint
 from callora.store.keys import add_key
 from callora.store.reads.gateway import Reads
 
 API_SLUG: Final = "weather-api"
-DEPOSIT: Final = "100"
-"""USDC in the demo consumer's vault on the first start."""
+GRANT: Final = "100"
+"""USDC in the demo consumer's vault on the first start: given, not deposited. The sandbox's vault contract has as much
+from the start, so that what he spends can be settled."""
+CHANNELS: Final = 3
+"""How many accounts a data directory has to send transactions from."""
 ENDPOINTS: Final = (
     PricedEndpoint("GET", "/current", parse_usdc("0.01")),
     PricedEndpoint("GET", "/forecast", parse_usdc("0.05")),
@@ -47,6 +51,24 @@ class DevCredentials:
     metrics_api_key: str
     consumer_api_key: str
     auth_signing_seed: str
+    vault_owner_seed: str
+    channel_seeds: str
+    """Separated by commas."""
+    fee_bumper_secret_key: str
+    settlement_charging_seed: str
+    settlement_crediting_seed: str
+    developer_wallet_seed: str
+    """The demo developer's, to withdraw with what he earned."""
+
+    def chain_settings(self) -> dict[str, str]:
+        """Return the settings with the keys that act on chain."""
+        return {
+            "VAULT_OWNER_SEED": self.vault_owner_seed,
+            "CHANNEL_SEEDS": self.channel_seeds,
+            "FEE_BUMPER_SECRET_KEY": self.fee_bumper_secret_key,
+            "SETTLEMENT_CHARGING_SEED": self.settlement_charging_seed,
+            "SETTLEMENT_CREDITING_SEED": self.settlement_crediting_seed,
+        }
 
 
 def dev_credentials(data_dir: Path) -> DevCredentials:
@@ -59,7 +81,13 @@ def dev_credentials(data_dir: Path) -> DevCredentials:
             "jwt_secret": secrets.token_urlsafe(48),
             "metrics_api_key": secrets.token_urlsafe(24),
             "consumer_api_key": make_key("testnet", secrets.token_bytes(RANDOM_BYTES)),
-            "auth_signing_seed": make_seed(secrets.token_bytes(KEY_BYTES)),
+            "auth_signing_seed": _new_seed(),
+            "vault_owner_seed": _new_seed(),
+            "channel_seeds": ",".join(_new_seed() for _ in range(CHANNELS)),
+            "fee_bumper_secret_key": _new_seed(),
+            "settlement_charging_seed": _new_seed(),
+            "settlement_crediting_seed": _new_seed(),
+            "developer_wallet_seed": _new_seed(),
             **kept,
         }
     )
@@ -72,6 +100,10 @@ def dev_credentials(data_dir: Path) -> DevCredentials:
     return made
 
 
+def _new_seed() -> str:
+    return make_seed(secrets.token_bytes(KEY_BYTES))
+
+
 @attrs.frozen
 class Demo:
     """The ids of the demo's people and things."""
@@ -79,6 +111,7 @@ class Demo:
     consumer_id: UserId
     vault_id: VaultId
     developer_user_id: UserId
+    developer_wallet: str
     api_id: ApiId
 
 
@@ -87,6 +120,8 @@ async def ensure_demo(context: Context, ledger: Ledger, credentials: DevCredenti
     database, now, ids = ledger.database, context.clock.now(), context.ids
     developer_user = await _ensure_user(context, ledger, "Demo developer")
     consumer = await _ensure_user(context, ledger, "Demo consumer")
+    wallet = Signer.from_seed(credentials.developer_wallet_seed, context.settings.network_passphrase).address
+    await accounts.give_wallet(database, developer_user, wallet)
     developer = await accounts.ensure_developer(database, DeveloperId(ids.uuid7()), developer_user, "Demo Weather", now)
     api_id = await accounts.ensure_api(
         database,
@@ -98,7 +133,7 @@ async def ensure_demo(context: Context, ledger: Ledger, credentials: DevCredenti
         now=now,
     )
     vault_id = await accounts.ensure_vault(database, VaultId(ids.uuid7()), consumer, "testnet", "enterprise", now)
-    moved = await ledger.registry.ask(vault_id, Deposit(parse_usdc(DEPOSIT), "demo"))
+    moved = await ledger.registry.ask(vault_id, Grant(parse_usdc(GRANT), "demo"))
     assert isinstance(moved, BalanceMoved)
     key = credentials.consumer_api_key
     if not await Reads(database).keys_with_prefix(key[:16]):
@@ -106,7 +141,7 @@ async def ensure_demo(context: Context, ledger: Ledger, credentials: DevCredenti
             database, api_key_id=ApiKeyId(ids.uuid7()), vault_id=vault_id, key=key, name="Demo key", now=now
         )
         assert added
-    return Demo(consumer, vault_id, developer_user, api_id)
+    return Demo(consumer, vault_id, developer_user, wallet, api_id)
 
 
 async def demo_token(context: Context, ledger: Ledger, user_id: UserId) -> str:

@@ -1,4 +1,5 @@
-"""The demo upstream: the API that `callora dev` publishes, so that a first call has something to pay for.
+"""The demo upstream: the API that `callora dev` publishes, so that a first call has something to pay for; and how any
+such upstream is served.
 
 It owns no state and no clock: the weather of a city follows from its name, so the same call gives the same answer.
 """
@@ -27,7 +28,8 @@ def _weather(city: str, day: int = 0) -> dict[str, Any]:
     return {"city": city, "day": day, "celsius": seed[0] % 45 - 10, "sky": _SKIES[seed[1] % len(_SKIES)]}
 
 
-def _make_app() -> QuartTrio:
+def make_weather() -> QuartTrio:
+    """Return the weather API."""
     app = QuartTrio(__name__)
 
     @app.get("/current")
@@ -100,10 +102,16 @@ def _answering(app: QuartTrio) -> Callable[..., Awaitable[None]]:
     return asgi
 
 
-async def serve_demo_upstream(*, port: int = 0, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
-    """Serve the demo API on 127.0.0.1 until cancelled.
+async def serve_demo_upstream(
+    *,
+    make_app: Callable[[], QuartTrio] = make_weather,
+    port: int = 0,
+    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve a demo API on 127.0.0.1 until cancelled.
 
     Args:
+        make_app: which.
         port: where to listen; 0 takes a free one.
         task_status: `started` is given the base URL, such as `http://127.0.0.1:49152`, once connections are accepted.
 
@@ -117,7 +125,7 @@ async def serve_demo_upstream(*, port: int = 0, task_status: trio.TaskStatus[str
     config.accesslog = None
     config.loglevel = "WARNING"
     config.include_server_header = False
-    app: Any = _answering(_make_app())
+    app: Any = _answering(make_app())
     async with trio.open_nursery() as nursery:
         binds = await nursery.start(partial(hypercorn.trio.serve, app, config))
         task_status.started(binds[0])

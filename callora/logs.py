@@ -36,7 +36,7 @@ _SECRET_NAMES: Final = frozenset(
     (
         *("api_key", "apikey", "x_api_key", "authorization", "proxy_authorization", "cookie", "set_cookie"),
         *("credential", "credentials", "password", "passwd", "secret", "secret_key", "signing_key", "private_key"),
-        *("seed", "seed_phrase", "mnemonic", "token", "refresh_token", "dsn", "database_url"),
+        *("seed", "seed_phrase", "mnemonic", "token", "refresh_token", "dsn", "database_url", "redis_url"),
     )
 )
 _SECRET_ENDINGS: Final = tuple(

@@ -134,6 +134,12 @@ class Metrics:
             "From the request's head to the last byte of its answer.",
             _HTTP_SECONDS,
         )
+        self.service_requests = self._counters(
+            "callora_service_requests_total",
+            ("operation", "status_code"),
+            "requests",
+            "Requests on routes for services, refused ones as well; `operation` is its id in the OpenAPI document.",
+        )
         self.connections = self._gauge("callora_connections", "connections", "Open client connections.")
         self.inflight_calls = self._gauge(
             "callora_inflight_calls", "calls", "Calls accepted on `/v1/call` and not yet answered."
@@ -155,6 +161,19 @@ class Metrics:
         )
         self.refusals = self._counters(
             "callora_refusals_total", ("code",), "calls", "Calls refused, by the code of docs/errors.md."
+        )
+        self.rate_limit_undecided = self._counters(
+            "callora_rate_limit_undecided_total",
+            ("mode", "why"),
+            "calls",
+            "Calls whose shared rate limits the store did not decide: refused where RATE_LIMIT_ON_FAILURE is closed, "
+            "decided by this process alone where it is open. why is unreachable (or known to be away), timeout (after "
+            "100 ms) or refused (it answered with an error).",
+        )
+        self.rate_limit_store_up = self._gauge(
+            "callora_rate_limit_store_up",
+            "0 or 1",
+            "1 while the store of shared rate limits answers in time; 0 also without REDIS_URL.",
         )
         self.premature_aborts = self._counter(
             "proxy_premature_aborts_total", "calls", "Calls whose client left before the upstream answered."
@@ -213,8 +232,11 @@ class Metrics:
         # Money, from the background audit: what must hold, watched
         self.available_stroops = self._gauge("callora_available_stroops", "stroops", "Σ available over all vaults.")
         self.held_stroops = self._gauge("callora_held_stroops", "stroops", "Σ held over all vaults.")
+        self.owed_stroops = self._gauge(
+            "callora_owed_stroops", "stroops", "Σ owed over all vaults: what counters charged beyond their balances."
+        )
         self.unsettled_stroops = self._gauge(
-            "callora_unsettled_stroops", "stroops", "Σ captured and not yet settled to developers."
+            "callora_unsettled_stroops", "stroops", "Σ earned by developers and not paid yet, sealed or not."
         )
         self.ledger_drift_stroops = self._gauge(
             "callora_ledger_drift_stroops",
@@ -222,13 +244,240 @@ class Metrics:
             "Σ balances minus Σ ledger entries and captures; anything but 0 is an alarm.",
         )
         self.hold_oldest_seconds = self._gauge(
-            "callora_hold_oldest_seconds", "seconds", "The age of the oldest open hold; its bound: HOLD_TTL_SECONDS."
+            "callora_hold_oldest_seconds",
+            "seconds",
+            "The age of the oldest open hold; its bound: HOLD_TTL_SECONDS, or what a service asked for.",
+        )
+        self.hold_overdue_seconds = self._gauge(
+            "callora_hold_overdue_seconds",
+            "seconds",
+            "How long ago the most overdue hold that the last sweep saw should have ended; expected: below "
+            "HOLD_SWEEP_INTERVAL_SECONDS.",
         )
 
         self.usage_rollup_lag_seconds = self._gauge(
             "callora_usage_rollup_lag_seconds",
             "seconds",
             "How far sums of usage are behind the calls; expected: USAGE_ROLLUP_INTERVAL_MS.",
+        )
+        self.usage_streams = self._gauge("callora_usage_streams", "streams", "Open streams of live usage.")
+        self.usage_streams_ended = self._counters(
+            "callora_usage_streams_ended_total",
+            ("reason",),
+            "streams",
+            "Streams of live usage that ended: client_gone, or what their clients were told: draining, lagged, "
+            "session_ended, token_expired, restarted.",
+        )
+        self.usage_stream_lag_seconds = self._gauge(
+            "callora_usage_stream_lag_seconds",
+            "seconds",
+            "Of the calls that were last sent to streams, how long the oldest had ended; expected: about "
+            "USAGE_STREAM_INTERVAL_MS.",
+        )
+
+        # Settlement
+        self.revenue_lag_seconds = self._gauge(
+            "callora_revenue_lag_seconds",
+            "seconds",
+            "How far revenue is behind the calls; expected: REVENUE_LEDGER_INDEXER_INTERVAL_MS.",
+        )
+        self.collect_runs = self._counters(
+            "callora_collect_runs_total",
+            ("job", "status"),
+            "runs",
+            "Runs that read meter sources or rated what was pushed: ok, partial or error.",
+        )
+        self.meter_samples = self._counters(
+            "callora_meter_samples_total",
+            ("result",),
+            "samples",
+            "Samples of counters that runs were given: processed, quarantined (of nobody known) or invalid.",
+        )
+        self.meter_source_read_until = self._gauges(
+            "callora_meter_source_read_until_seconds",
+            ("source_id",),
+            "seconds since 1970",
+            "How far a meter source is read, by the process that collects; expected: within COLLECT_INTERVAL and 2 "
+            "minutes of now.",
+        )
+        self.settlements_open = self._gauge(
+            "callora_settlements_open", "settlements", "Settlements that have not ended, by the process that runs them."
+        )
+        self.settlement_oldest_seconds = self._gauge(
+            "callora_settlement_oldest_seconds",
+            "seconds",
+            "The age of the oldest of them; expected: below two time bounds of 90.",
+        )
+        self.settlements_ended = self._counters(
+            "callora_settlements_ended_total",
+            ("outcome",),
+            "settlements",
+            "Settlements that ended in this process: completed, or failed, whose revenue is released.",
+        )
+        self.settled_stroops = self._counter(
+            "callora_settled_stroops_total", "stroops", "Credited on chain by settlements that this process completed."
+        )
+        self.settlement_waits = self._counters(
+            "callora_settlement_waits_total",
+            ("why",),
+            "waits",
+            "Times that a settlement, or a run, could not go on: cap (of a key's hour), halted, contract (its answer "
+            "is in the log), underfunded (the vault contract has less than was earned).",
+        )
+        self.settlement_late_successes = self._counter(
+            "callora_settlement_late_successes_total",
+            "transactions",
+            "Charges or credits found in a ledger after they were proven dead: an alarm, settlement is halted.",
+        )
+        self.discrepancies_open = self._gauges(
+            "callora_discrepancies_open",
+            ("kind",),
+            "discrepancies",
+            "What did not add up when the books were last compared and no operator has cleared, by the process that "
+            "compared: MISSING_TX, STALE_PENDING, FALSE_FAILURE, UNEXPECTED_STATUS, DRIFT; anything but 0 is an alarm.",
+        )
+        self.books_compared_at = self._gauge(
+            "callora_books_compared_timestamp_seconds",
+            "seconds",
+            "When this process last compared usage, revenue, settlements and the chain; expected: one process's within "
+            "SETTLEMENT_RECON_INTERVAL_MS.",
+        )
+        self.books_untold = self._gauge(
+            "callora_books_untold",
+            "questions",
+            "Transactions and addresses of which no node could tell in that comparison.",
+        )
+        self.developer_withdrawals = self._counters(
+            "callora_developer_withdrawals_total",
+            ("stage",),
+            "withdrawals",
+            "Withdrawals of developers that came to a stage in this process: approving, pending, confirmed, failed.",
+        )
+
+        # The chain
+        self.chain_requests = self._counters(
+            "callora_chain_requests_total",
+            ("source", "method", "outcome"),
+            "requests",
+            "Requests to the chain's nodes; source is rpc or horizon, outcome is answered or why there was no answer: "
+            "unreachable, timeout, rate_limited, status, malformed, error or refused.",
+        )
+        self.chain_breaker_state = self._gauges(
+            "callora_chain_breaker_state",
+            ("breaker",),
+            "state",
+            "The breaker of chain:rpc or chain:horizon: 0 closed, 1 open, 2 half-open.",
+        )
+        self.chain_head_ledger = self._gauge(
+            "callora_chain_head_ledger", "ledgers", "The newest ledger that a node has named."
+        )
+        self.chain_lag_seconds = self._gauge(
+            "callora_chain_lag_seconds",
+            "seconds",
+            "Since that ledger closed, or since the start where none was named; expected: about 5, at most 15.",
+        )
+        self.chain_halted = self._gauge(
+            "callora_chain_halted", "0 or 1", "1 where what answers is not what was configured: the log says what."
+        )
+
+        # What the chain says, and what was made of it
+        self.chain_events = self._counters(
+            "callora_chain_events_total",
+            ("kind",),
+            "events",
+            "Events of the vault contract noted: deposit, withdraw, withdraw_to, deduct or distribute.",
+        )
+        self.chain_listener_lag_ledgers = self._gauge(
+            "callora_chain_listener_lag_ledgers",
+            "ledgers",
+            "How far the events noted are behind the newest ledger; expected: 0 or 1.",
+        )
+        self.listener_halted = self._gauge(
+            "callora_chain_listener_halted",
+            "0 or 1",
+            "1 where another history is suspected: nothing is noted or credited until a new epoch is begun.",
+        )
+        self.chain_gaps = self._counter(
+            "callora_chain_gaps_total",
+            "gaps",
+            "Times that ledgers had to be passed over because no node has them any more.",
+        )
+        self.chain_drift_stroops = self._gauge(
+            "callora_chain_drift_stroops",
+            "stroops",
+            "What the vault contract has minus what the ledger says it should have; anything but 0 is an alarm.",
+        )
+        self.chain_suspense_stroops = self._gauge(
+            "callora_chain_suspense_stroops", "stroops", "Deposits of nobody known, waiting to be claimed or assigned."
+        )
+        self.chain_unbooked_stroops = self._gauge(
+            "callora_chain_unbooked_stroops",
+            "stroops",
+            "Deposits seen and not credited yet; expected: 0 most of the time.",
+        )
+
+        # Transactions that Callora sends
+        self.chain_transactions_open = self._gauges(
+            "callora_chain_transactions_open",
+            ("state",),
+            "transactions",
+            "Stored and not ended: stored, sent, or unresolved, which waits for an operator; of all processes.",
+        )
+        self.chain_transaction_oldest_seconds = self._gauge(
+            "callora_chain_transaction_oldest_seconds",
+            "seconds",
+            "The age of the oldest transaction that has not ended; expected: below its time bound of 90, a deposit's "
+            "of STELLAR_TRANSACTION_TIMEOUT.",
+        )
+        self.chain_transactions_ended = self._counters(
+            "callora_chain_transactions_ended_total",
+            ("outcome",),
+            "transactions",
+            "Ended by this process: succeeded, failed (in a ledger), expired (never applied, by time), refused (never "
+            "taken).",
+        )
+        self.chain_sends = self._counters(
+            "callora_chain_sends_total",
+            ("answer",),
+            "sends",
+            "Sends of transactions by their answer: pending, duplicate, try_again_later, refused, unsent (provably), "
+            "unknown.",
+        )
+        self.chain_fee_bumps = self._counter(
+            "callora_chain_fee_bumps_total", "fee-bumps", "Fee-bumps made around transactions that were stuck."
+        )
+        self.chain_channels_free = self._gauge(
+            "callora_chain_channels_free", "channels", "Channel accounts that no transaction uses now."
+        )
+        self.chain_channels_set_aside = self._gauge(
+            "callora_chain_channels_set_aside", "channels", "Channel accounts that could not pay a fee: top them up."
+        )
+        self.chain_submitter_stopped = self._gauge(
+            "callora_chain_submitter_stopped",
+            "0 or 1",
+            "1 where a refusal says that keys or network are wrong: nothing is sent until a restart.",
+        )
+
+        # Webhooks
+        self.webhook_attempts = self._counters(
+            "callora_webhook_attempts_total",
+            ("outcome",),
+            "attempts",
+            "Attempts to tell an endpoint of an event: delivered, again (a status that is tried again), refused, gone, "
+            "unanswered.",
+        )
+        self.webhook_dead = self._counter(
+            "callora_webhook_dead_total", "deliveries", "Deliveries given up; their owners may have them made again."
+        )
+        self.webhook_lag_seconds = self._histogram(
+            "callora_webhook_lag_seconds",
+            "seconds",
+            "From what happened to the endpoint's success; expected: around WEBHOOK_POLL_INTERVAL_MS where endpoints "
+            "answer.",
+            (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200),
+        )
+        self.webhook_turns = self._gauge(
+            "callora_webhook_turns", "turns", "Endpoints that this process tells something now; at most 64."
         )
 
         self.charged = self._tally_of(self.charged_stroops)

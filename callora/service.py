@@ -1,8 +1,9 @@
 """The service: everything is built here, in nested blocks; leaving them in reverse order is the drain.
 
-Order of the drain: no new calls → calls in hand end → commands in mailboxes are stored → the writer → the connections
-to PostgreSQL → the asyncio loop. One budget for all of it; at its end everything is cancelled, and a watchdog outside
-the event loop ends a process that does not end by itself.
+Order of the drain: no new calls, no new attempts at webhooks, and streams are told to come back → calls and attempts in
+hand end → the chain's tasks, at a step that is stored → the connections to its nodes → commands in mailboxes are stored
+→ the writer → the connections to PostgreSQL → the asyncio loop. One budget for all of it; at its end everything is
+cancelled, and a watchdog outside the event loop ends a process that does not end by itself.
 """
 
 import gc
@@ -18,7 +19,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 import trio
@@ -31,30 +32,40 @@ from callora.actors.compensation import Compensator
 from callora.actors.expiry import ExpirySweep, repeat
 from callora.actors.limiter import Limiter
 from callora.actors.registry import VaultRegistry
+from callora.actors.revenue import RevenueIndexer
+from callora.actors.shared_limiter import SharedLimiter
 from callora.actors.supervisor import Supervisor
-from callora.actors.vault import no_policies
+from callora.actors.webhooks import SLOW_TURNS_MAX, TURNS_MAX, Teller, Webhooks
 from callora.actors.writer import Writer
 from callora.config import Settings
 from callora.dashboard import Desk, make_dashboard, signing
-from callora.http.gateway.addresses import AddressPolicy, Resolver
 from callora.http.gateway.admission import Admission
+from callora.http.gateway.aliases import Aliases
 from callora.http.gateway.calls import CallFlow, CallSettings
 from callora.http.gateway.client import TimeLimits
-from callora.http.gateway.listener import Listener, open_listener
+from callora.http.gateway.listener import Listener, RestStreams, open_listener
 from callora.http.gateway.poller import Poller
 from callora.http.gateway.tokens import AccessTokens
 from callora.http.gateway.upstream import Upstreams
-from callora.http.rest.app import create_app, larger_bodies, serve_rest
+from callora.http.rest.app import create_app, larger_bodies, serve_rest, stream_paths
 from callora.http.rest.deps import RestDeps
+from callora.ledger.faults import CalloraFault
 from callora.ledger.ids import Ids
+from callora.ledger.webhooks import Secrets
 from callora.logs import Logs
 from callora.metrics import BREAKER_STATES, Metrics
+from callora.outbound.addresses import AddressPolicy, Resolver
+from callora.outbound.client import EVERYWHERE, Outbound, OutboundPolicy, open_outbound
 from callora.store import usage
-from callora.store.bridge import Database, open_database
+from callora.store.bridge import Database, StatementRejected, open_database
 from callora.store.keys import note_use
 from callora.store.migrate import pending
 from callora.store.reads.gateway import Reads
 from callora.store.vaults import LINE_SETTINGS, VaultStore
+
+if TYPE_CHECKING:
+    from callora.chain_part import ChainDesk, ChainPart
+    from callora.store.pace import SharedPace
 
 KEYED_BODY_BYTES_MAX: Final = 1_048_576
 """The largest request body with an Idempotency-Key: it is held in memory while its intent is looked up."""
@@ -67,9 +78,18 @@ SETTLE_SECONDS: Final = 1.0
 LAST_RESORT_SECONDS: Final = 1.7
 """After the drain's deadline: the process is ended whatever it is doing."""
 MAINTENANCE_SECONDS: Final = 3600.0
+PARTITIONS_SECONDS: Final = 2.0
+"""How long a start waits for this month's partition, which the first call needs."""
 SUMS_SECONDS: Final = 15.0
 DRIFT_SECONDS: Final = 300.0
+KEY_USE_SECONDS: Final = 60.0
 MIGRATIONS_SECONDS: Final = 5.0
+RATE_STORE_SECONDS: Final = 2.0
+"""How long the start waits to hear whether the store of shared rate limits answers; then it goes on all the same."""
+METER_POLICY: Final = OutboundPolicy(EVERYWHERE, plain="localhost")
+"""Meter sources stand in private networks, and only operators name them."""
+METER_CONNECTIONS_MAX: Final = 1024
+"""More than there may be sources: one that hangs keeps no other from its connection."""
 CHANGES_KEPT: Final = 100_000
 CLAIMS_BATCH: Final = 10_000
 
@@ -96,6 +116,7 @@ class Ledger:
     database: Database
     store: VaultStore
     registry: VaultRegistry
+    indexer: RevenueIndexer
 
 
 @attrs.frozen
@@ -115,6 +136,19 @@ class Context:
         return cls(settings, Metrics(), logs, clock, Ids(clock, os.urandom), random.Random())  # noqa: S311 - jitter
 
 
+def _indexer(context: Context, database: Database) -> RevenueIndexer:
+    settings, logs = context.settings, context.logs
+    return RevenueIndexer(
+        database,
+        context.clock,
+        context.metrics,
+        logs.logger("revenue"),
+        network=settings.stellar_network,
+        fee_bps=settings.platform_fee_bps,
+        interval_seconds=settings.revenue_indexer_interval_seconds,
+    )
+
+
 @asynccontextmanager
 async def open_ledger(context: Context, dsn: str, budget: "Budget") -> AsyncIterator[Ledger]:
     """Open the database and the actors; on leaving, every decision is stored before anything closes.
@@ -132,17 +166,17 @@ async def open_ledger(context: Context, dsn: str, budget: "Budget") -> AsyncIter
         ) as database,
         database.line(LINE_SETTINGS) as line,
     ):
-        store = VaultStore(database, line, context.clock, settings.commit_timeout_seconds)
+        store = VaultStore(database, line, context.clock, context.ids.uuid7, settings.commit_timeout_seconds)
         writer = Writer(store, metrics, logs.logger("writer"), settings.writer_round_max)
         registry = VaultRegistry(
-            store, writer, metrics, logs.logger("registry"), context.random, no_policies, settings.actor_mailbox_max
+            store, writer, metrics, logs.logger("registry"), context.random, settings.actor_mailbox_max
         )
         async with trio.open_nursery() as writing:
             await writing.start(supervisor.run, "writer", writer.run)
             async with trio.open_nursery() as acting:
                 await acting.start(registry.run)
                 try:
-                    yield Ledger(database, store, registry)
+                    yield Ledger(database, store, registry, _indexer(context, database))
                 finally:
                     registry.close()
                     writing.cancel_scope.shield = True
@@ -191,6 +225,8 @@ class Serving:
     url: str
     ledger: Ledger
     context: Context
+    chain: "ChainPart | None"
+    """None where SOROBAN_RPC_ENABLED is false."""
 
 
 async def serve(
@@ -217,6 +253,7 @@ async def serve(
 
     Raises:
         OSError: the port is taken.
+        ChainMismatch: what answers for the chain is not what was configured.
     """
     settings, log = context.settings, context.logs.logger("service")
     listener_socket = open_listener(settings.host, settings.port, shared=shared_port)
@@ -225,11 +262,17 @@ async def serve(
     last_resort.daemon = True
     try:
         budget = Budget(settings.drain_timeout_seconds)
-        async with open_ledger(context, dsn, budget) as ledger, trio.open_nursery() as jobs:
+        async with (
+            open_ledger(context, dsn, budget) as ledger,
+            _open_chain(context, ledger) as chain,
+            open_outbound(METER_POLICY, connections_max=METER_CONNECTIONS_MAX) as meters,
+            open_outbound(_webhook_policy(settings), connections_max=TURNS_MAX + SLOW_TURNS_MAX) as outbound,
+            trio.open_nursery() as jobs,
+        ):
             if prepare is not None:
                 await prepare(ledger)
             port: int = listener_socket.getsockname()[1]
-            parts = await _start_parts(context, ledger, poller, jobs, flow_class, budget, port)
+            parts = await _start_parts(context, ledger, chain, meters, outbound, poller, jobs, flow_class, budget, port)
             async with trio.open_nursery() as serving:
                 await serving.start(parts.rest.run)
                 await serving.start(parts.listener.run, [listener_socket])
@@ -238,7 +281,7 @@ async def serve(
                 url = _url(settings, listener_socket)
                 log.info("serving", url=url)
                 if on_ready is not None:
-                    await on_ready(Serving(url, ledger, context))
+                    await on_ready(Serving(url, ledger, context, chain))
                 await stop.wait()
                 last_resort.start()
                 await _drain(parts, budget, serving, log)
@@ -257,12 +300,15 @@ async def _drain(parts: "_Parts", budget: Budget, serving: trio.Nursery, log: Fi
     log.info("draining", calls=parts.listener.busy)
     parts.context.metrics.draining.set(1)
     parts.admission.draining = True
+    parts.rest.dashboard.live_usage.close()
     parts.listener.drain()
+    parts.webhooks.drain()
     with trio.move_on_at(budget.deadline):
         await parts.listener.ended.wait()
-    if not parts.listener.ended.is_set():
+        await parts.webhooks.ended.wait()
+    if not parts.listener.ended.is_set() or not parts.webhooks.ended.is_set():
         budget.exceeded = True
-        log.warning("drain_deadline", calls_cut=parts.listener.busy)
+        log.warning("drain_deadline", calls_cut=parts.listener.busy, webhooks_cut=not parts.webhooks.ended.is_set())
     serving.cancel_scope.cancel()
 
 
@@ -273,12 +319,48 @@ class _Parts:
     context: Context
     admission: Admission
     listener: Listener
+    webhooks: Webhooks
     rest: "_Rest"
+
+
+@asynccontextmanager
+async def _open_chain(context: Context, ledger: Ledger) -> "AsyncIterator[ChainPart | None]":
+    """Run the chain's part for the length of the block, where SOROBAN_RPC_ENABLED.
+
+    Only there is it loaded, before anything is served: Stellar's SDK takes 20 MiB and half a second.
+    """
+    if not context.settings.soroban_rpc_enabled:
+        yield None
+        return
+    from callora.chain_part import open_chain
+
+    async with open_chain(chain_desk(context, ledger)) as part:
+        yield part
+
+
+def chain_desk(context: Context, ledger: Ledger) -> "ChainDesk":
+    """Return what the chain's part of a process works with; it is loaded with that."""
+    from callora.chain_part import ChainDesk
+
+    return ChainDesk(
+        settings=context.settings,
+        database=ledger.database,
+        registry=ledger.registry,
+        indexer=ledger.indexer,
+        clock=context.clock,
+        ids=context.ids,
+        random=context.random,
+        metrics=context.metrics,
+        logs=context.logs,
+    )
 
 
 async def _start_parts(
     context: Context,
     ledger: Ledger,
+    chain: "ChainPart | None",
+    meters: Outbound,
+    outbound: Outbound,
     poller: Poller,
     jobs: trio.Nursery,
     flow_class: type[CallFlow],
@@ -295,22 +377,27 @@ async def _start_parts(
         key_window_seconds=settings.rate_limit_window_seconds,
         running_max=settings.key_max_concurrency,
     )
+    pace = _shared_pace(context)
+    closed = settings.rate_limit_on_failure == "closed"
+    shared_limiter = None if pace is None else SharedLimiter(limiter, pace, metrics, opens=not closed)
     catalogue = Catalogue(
         reads,
         metrics,
         logs.logger("catalogue"),
         settings.catalogue_refresh_seconds,
         lambda used: note_use(ledger.database, used, context.clock.now()),
+        context.clock,
     )
     jobs.start_soon(poller.run)
     policy = AddressPolicy(settings.upstream_allowed_hosts, settings.upstream_allowed_networks)
     resolver = Resolver(policy, jobs, deadline_seconds=settings.proxy_connect_timeout_seconds)
     upstreams = Upstreams(poller, resolver, ssl.create_default_context(), settings.upstream_pool_max)
-    compensator = Compensator(ledger.registry, logs.logger("compensation"))
+    compensator = Compensator(ledger.registry, context.clock, context.ids, logs.logger("compensation"))
     budgets = Budgets(ledger.database, logs.logger("budgets"))
     admission = Admission(
         catalogue=catalogue,
         limiter=limiter,
+        shared_limiter=shared_limiter,
         resolver=resolver,
         breaker_settings=BreakerSettings(
             settings.proxy_breaker_failure_threshold,
@@ -318,7 +405,6 @@ async def _start_parts(
             settings.proxy_breaker_success_threshold,
         ),
         trusted_proxies=settings.trusted_proxy_count,
-        clock=context.clock,
         metrics=metrics,
         tokens=AccessTokens(signing(settings), catalogue, context.clock),
     )
@@ -336,6 +422,19 @@ async def _start_parts(
         log=logs.logger("gateway"),
     )
     housekeeping = _Housekeeping(context, ledger.database, reads)
+    secrets = Secrets(settings.webhook_key)
+    teller = Teller(outbound, secrets, context.clock, seconds_max=settings.webhook_timeout_seconds)
+    webhooks = Webhooks(
+        ledger.database,
+        teller,
+        context.clock,
+        context.ids,
+        context.random,
+        metrics,
+        logs.logger("webhooks"),
+        interval_seconds=settings.webhook_poll_interval_seconds,
+        retention_seconds=settings.webhook_retention_seconds,
+    )
     desk = Desk(
         settings=settings,
         database=ledger.database,
@@ -343,9 +442,17 @@ async def _start_parts(
         catalogue=catalogue,
         admission=admission,
         resolver=resolver,
+        meters=meters,
+        chain=None if chain is None else chain.chain,
+        treasury=None if chain is None else chain.treasury,
+        payouts=None if chain is None else chain.payouts,
+        bookkeeper=None if chain is None else chain.bookkeeper,
+        outbound=outbound,
+        teller=teller,
         port=port,
         clock=context.clock,
         ids=context.ids,
+        random=context.random,
         metrics=metrics,
         log=logs.logger("dashboard"),
     )
@@ -363,7 +470,9 @@ async def _start_parts(
         connections_max=settings.client_max_connections,
         rest_body_bytes_max=settings.request_body_limit_bytes,
         rest_larger_bodies=rest.larger_bodies,
+        rest_streams=RestStreams(rest.stream_paths, settings.usage_streams_max),
         trusted_proxies=settings.trusted_proxy_count,
+        aliases=Aliases(settings.call_alias_targets),
         ids=context.ids,
         metrics=metrics,
         log=logs.logger("listener"),
@@ -380,17 +489,26 @@ async def _start_parts(
     supervisor = Supervisor(metrics, logs.logger("supervisor"), context.random)
     tasks: tuple[tuple[str, Task], ...] = (
         ("catalogue", catalogue.run),
+        ("key use", partial(repeat, "key use", catalogue.note_used, KEY_USE_SECONDS, logs.logger("catalogue"))),
         ("limiter", limiter.run),
+        *(() if pace is None else (("shared pace", pace.run),)),
         ("upstreams", upstreams.run),
         ("compensation", compensator.run),
         ("budgets", budgets.run),
         ("expiry", expiry.run),
+        ("revenue", ledger.indexer.run),
+        ("webhooks", webhooks.run),
+        ("webhook log", partial(repeat, "webhook log", webhooks.forget, MAINTENANCE_SECONDS, logs.logger("webhooks"))),
         *housekeeping.tasks(),
         *rest.dashboard.tasks,
     )
+    await housekeeping.begin()
     for name, task in tasks:
         await jobs.start(supervisor.run, name, task)
-    return _Parts(context, admission, listener, rest)
+    if pace is not None:
+        with trio.move_on_after(RATE_STORE_SECONDS):
+            await pace.tried.wait()
+    return _Parts(context, admission, listener, webhooks, rest)
 
 
 class _Rest:
@@ -411,9 +529,11 @@ class _Rest:
             draining=lambda: budget.draining,
             pending_migrations=lambda: housekeeping.migrations_pending,
             refresh_metrics=self._refresh_metrics,
+            chain_health=None if desk.chain is None else desk.chain.health,
         )
         self.dashboard = make_dashboard(desk, deps)
         self.larger_bodies = larger_bodies(self.dashboard.operations, context.settings.request_body_limit_bytes)
+        self.stream_paths = stream_paths(self.dashboard.operations)
         self._app = create_app(deps, self.dashboard.operations, self.dashboard.doors)
 
     async def run(self, *, task_status: trio.TaskStatus[list[str]]) -> None:  # noqa: ASYNC128 - the server it runs calls it
@@ -439,6 +559,21 @@ class _Rest:
         metrics.active_vaults.set(self._desk.registry.active)
         for api_id, breaker in self._desk.admission.breaker_states().items():
             metrics.upstream_breaker_state.of(str(api_id)).set(BREAKER_STATES[breaker.state])
+        if self._desk.admission.shared_limiter is not None:
+            metrics.rate_limit_store_up.set(self._desk.admission.shared_limiter.answers)
+        if self._desk.chain is not None:
+            self._desk.chain.refresh_metrics()
+
+
+def _shared_pace(context: Context) -> "SharedPace | None":
+    """Return what limits are shared through, where REDIS_URL is set; only there is its client loaded."""
+    address = context.settings.redis_address
+    if address is None:
+        return None
+    from callora.store.pace import SharedPace
+
+    takes_back = context.settings.rate_limit_on_failure == "closed"
+    return SharedPace(address, context.random, context.logs.logger("rate limits"), takes_back=takes_back)
 
 
 def _call_settings(settings: Settings) -> CallSettings:
@@ -453,6 +588,12 @@ def _call_settings(settings: Settings) -> CallSettings:
         claim_retention_seconds=int(settings.idempotency_retention_seconds),
         profile_upstreams=settings.gateway_profiling_enabled,
     )
+
+
+def _webhook_policy(settings: Settings) -> OutboundPolicy:
+    """Return where webhooks may go: where upstreams may be, in production under TLS alone."""
+    addresses = AddressPolicy(settings.upstream_allowed_hosts, settings.upstream_allowed_networks)
+    return OutboundPolicy(addresses, plain="never" if settings.is_production else "anywhere")
 
 
 def _server_tls(settings: Settings) -> ssl.SSLContext | None:
@@ -496,6 +637,14 @@ class _Housekeeping:
         ):
             yield name, partial(repeat, name, job, seconds, self._log)
 
+    async def begin(self) -> None:
+        """Make the partitions before the first call needs one; where that cannot be done now, the job does it later."""
+        with trio.move_on_after(PARTITIONS_SECONDS):
+            try:
+                await self.maintain()
+            except (CalloraFault, StatementRejected) as fault:
+                self._log.warning("partitions_not_made", error=str(fault))
+
     async def look_at_migrations(self) -> None:
         """Ask what the database lacks, until it lacks nothing."""
         if self.migrations_pending:
@@ -514,14 +663,14 @@ class _Housekeeping:
 
     async def read_drift(self) -> None:
         """Add up the whole ledger: balances, entries and captures."""
-        drift, captured = await self._reads.ledger_sums()
+        drift = await self._reads.ledger_drift()
         self._context.metrics.ledger_drift_stroops.set(drift)
-        self._context.metrics.unsettled_stroops.set(captured)
         if drift:
             self._log.error("ledger_drift", stroops=drift)
 
     async def read_sums(self) -> None:
-        """Read Σ available and Σ held."""
-        available, held = await self._reads.balance_sums()
+        """Read Σ available, Σ held and Σ owed."""
+        available, held, owed = await self._reads.balance_sums()
         self._context.metrics.available_stroops.set(available)
         self._context.metrics.held_stroops.set(held)
+        self._context.metrics.owed_stroops.set(owed)

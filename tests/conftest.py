@@ -1,12 +1,19 @@
 """Fixtures that every room shares."""
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
+import hypothesis
 import pytest
 
 from callora.store.bridge import Database, open_database
 from callora.store.embedded import EmbeddedPostgres
 from tests.support.postgres import embedded_server, fresh_database, make_template
+from tests.support.valkey import Valkey, running_valkey
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("callora", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("callora")
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +55,10 @@ async def empty_database(empty_database_url: str) -> AsyncIterator[Database]:
     """An open pool on `empty_database_url`."""
     async with open_database(empty_database_url) as opened:
         yield opened
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[Valkey]:
+    """A store of shared rate limits that only this test uses, and may kill."""
+    with running_valkey(tmp_path / "valkey") as server:
+        yield server

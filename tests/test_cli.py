@@ -1,20 +1,35 @@
 """The commands, each as a process of its own: what it prints, where, and its exit code."""
 
+import re
 import socket
 from pathlib import Path
 
 import pytest
 import trio
 
+from callora.store.bridge import open_database
 from callora.store.embedded import EmbeddedPostgres
 from tests.support.client import call
 from tests.support.processes import CalloraProcess, callora, free_port, nothing_left_in, run_callora
 from tests.support.service import running_service
 from tests.support.upstream import raw_upstream, respond
+from tests.support.valkey import running_valkey
 
 WRONG = {"PORT": "many", "HOLD_TTL_SECONDS": "0", "PROXY_TIMEOUT_MS": "soon", "CALLORA_TYPO": "1"}
 COMMANDS = {
-    (): ["serve", "dev", "migrate", "keys", "rollup", "doctor"],
+    (): [
+        "serve",
+        "dev",
+        "migrate",
+        "sandbox",
+        "keys",
+        "depositors",
+        "withdrawals",
+        "settle",
+        "revenue",
+        "rollup",
+        "doctor",
+    ],
     ("serve",): ["--workers", "--data-dir", "SIGTERM"],
     ("dev",): ["--json", "--port", "--data-dir", "embedded PostgreSQL"],
     ("migrate",): ["--status", "--down-to"],
@@ -22,7 +37,12 @@ COMMANDS = {
     ("keys", "create"): ["--vault", "--rate-limit", "--expires", "once"],
     ("keys", "list"): ["--vault", "masked"],
     ("keys", "revoke"): ["within a second"],
+    ("depositors",): ["list", "admit", "refuse"],
+    ("depositors", "admit"): ["--signed", "offline"],
+    ("withdrawals",): ["list", "pay", "refuse"],
+    ("withdrawals", "pay"): ["--signed", "offline"],
     ("rollup",): ["--rebuild", "count anew"],
+    ("reconcile",): ["--json", "--clear", "Exit code 1"],
     ("doctor",): ["exit code 1"],
 }
 
@@ -134,21 +154,23 @@ def test_commands_without_their_database_say_so_in_one_line(tmp_path: Path) -> N
 
 
 def test_doctor_is_content_with_a_sound_ledger_and_finds_a_planted_fault(tmp_path: Path, database_url: str) -> None:
-    async def plant() -> None:
+    async def vault() -> str:
         async with running_service(database_url) as service:
-            consumer = await service.consumer("1")
-            assert run(tmp_path, "doctor", DATABASE_URL=database_url).popen.returncode == 0
-            await service.database.execute(
-                "UPDATE vaults SET available = available + 1 WHERE vault_id = $1", consumer.vault_id
-            )
-            found = run(tmp_path, "doctor", DATABASE_URL=database_url)
-            assert found.popen.returncode == 1
-            wrong = [line for line in found.stdout.splitlines() if "WRONG" in line]
-            assert len(wrong) == 1
-            assert "every balance is deposits" in wrong[0]
-            assert consumer.vault_id[:8] in found.stdout
+            return (await service.consumer("1")).vault_id
 
+    async def plant() -> None:
+        async with open_database(database_url) as database:
+            await database.execute("UPDATE vaults SET available = available + 1 WHERE vault_id = $1", vault_id)
+
+    vault_id = trio.run(vault)
+    assert run(tmp_path, "doctor", DATABASE_URL=database_url).popen.returncode == 0
     trio.run(plant)
+    found = run(tmp_path, "doctor", DATABASE_URL=database_url)
+    assert found.popen.returncode == 1
+    wrong = [line for line in found.stdout.splitlines() if "WRONG" in line]
+    assert len(wrong) == 1
+    assert "every balance is deposits" in wrong[0]
+    assert vault_id[:8] in found.stdout
 
 
 def test_doctor_names_a_wrong_configuration(tmp_path: Path) -> None:
@@ -156,6 +178,23 @@ def test_doctor_names_a_wrong_configuration(tmp_path: Path) -> None:
     assert process.popen.returncode == 1
     for name in WRONG:
         assert name in process.stdout
+
+
+def test_doctor_says_whether_the_store_of_rate_limits_answers(tmp_path: Path, database_url: str) -> None:
+    with running_valkey(tmp_path / "valkey", password="hunter2") as valkey:
+        where = {"DATABASE_URL": database_url, "REDIS_URL": valkey.url}
+        content = run(tmp_path, "doctor", **where)
+        assert content.popen.returncode == 0
+        assert re.search(r"rate limits +. ok +. Valkey [0-9.]+ answers in [0-9.]+ ms", content.stdout)
+        wrong = {**where, "REDIS_URL": valkey.url.replace("hunter2", "hunter3")}
+        found = run(tmp_path, "doctor", **wrong)
+        assert found.popen.returncode == 1
+        assert re.search(r"rate limits +. WRONG +. REDIS_URL cannot be used: ", found.stdout)
+        assert "hunter" not in found.stdout + found.stderr
+        valkey.ask("CONFIG", "SET", "maxmemory", "100mb", "maxmemory-policy", "allkeys-lru")
+        found = run(tmp_path, "doctor", **where)
+        assert found.popen.returncode == 1
+        assert "forgets limits when full: allkeys-lru" in found.stdout
 
 
 def test_keys_are_made_once_listed_masked_and_revoked(tmp_path: Path, database_url: str) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from stellar_sdk import StrKey
 
-from callora.config import SETTINGS, ConfigurationInvalid, Settings, load_settings
+from callora.config import SETTINGS, ConfigurationInvalid, RedisAddress, Settings, load_settings
 from callora.ledger.wallets import make_seed
+from callora.logs import mask, redact
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "configuration.md"
 PRODUCTION = {
@@ -131,6 +133,20 @@ def test_no_secret_is_ever_printed() -> None:
         assert secret not in f"{settings!r} {settings} {settings.database_dsn!r}"
 
 
+def test_a_service_token_is_long_and_a_secret_of_its_own() -> None:
+    token = "t" * 32
+    settings = load_settings({**PRODUCTION, "INTERNAL_SERVICE_TOKEN": token})
+    assert settings.internal_service_token is not None
+    assert token not in f"{settings!r} {settings}"
+    assert load_settings(PRODUCTION).internal_service_token is None
+    for wrong in (token[1:], f"{token} {token}", f"{token}ä"):
+        (line,) = problems({**PRODUCTION, "INTERNAL_SERVICE_TOKEN": wrong})
+        assert line == "INTERNAL_SERVICE_TOKEN: must be at least 32 visible ASCII characters"
+    for name in ("JWT_SECRET", "ADMIN_API_KEY", "METRICS_API_KEY"):
+        (line,) = problems({**PRODUCTION, "INTERNAL_SERVICE_TOKEN": token, name: token})
+        assert line.startswith("INTERNAL_SERVICE_TOKEN: must be a secret of its own")
+
+
 def test_a_long_wrong_value_is_cut() -> None:
     [line] = problems({"PORT": "9" * 5000})
     assert len(line) < 200
@@ -208,6 +224,18 @@ def test_every_private_upstream_may_be_allowed_but_not_in_production() -> None:
     ]
 
 
+def test_aliases_of_calls_are_prefixes_of_whole_segments_each_once() -> None:
+    settings = load_settings({"CALL_ALIASES": "/v1/tts=text-to-speech, /v1/search=search/api/v1/search"})
+    assert settings.call_alias_targets == {"/v1/tts": "text-to-speech", "/v1/search": "search/api/v1/search"}
+    assert load_settings({}).call_alias_targets == {}
+    for wrong in (
+        *("/v1/tts", "=a", "v1/tts=a", "/v1/tts=", "/v1/tts=A", "/v1/tts=/a", "/v1/tts/=a", "/v1/a b=a", "/v1/tts=a=b"),
+        *("/v1/../x=a", "/v1/x=a/..", "/v1/call=a", "/v1/call/x=a", "/api=a", "/api/keys=a", "/livez=a", "/v1/%61=a"),
+        *("/v1/tts=a,/v1/tts=b", ",".join(f"/v{number}=a" for number in range(101)), "/" + "a" * 500 + "=a"),
+    ):
+        assert problems({"CALL_ALIASES": wrong}), wrong
+
+
 def test_origins_are_origins_and_an_empty_list_allows_none() -> None:
     settings = load_settings({"CORS_ALLOWED_ORIGINS": "https://App.example.com, http://localhost:5173"})
     assert settings.cors_allowed_origins == ("https://app.example.com", "http://localhost:5173")
@@ -273,3 +301,226 @@ def test_an_unknown_prefixed_name_is_a_misspelling_and_other_names_are_none_of_o
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
         load_settings({}).port = 1
+
+
+# --- the store of shared rate limits ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis://cache", RedisAddress("cache", 6379, None, False, 0, None, None)),
+        ("redis://Cache.example:7000/3", RedisAddress("cache.example", 7000, None, False, 3, None, None)),
+        ("valkey://:p%2Fw%40@10.0.0.1/", RedisAddress("10.0.0.1", 6379, None, False, 0, None, "p/w@")),
+        ("rediss://me:secret@[::1]:6380/15", RedisAddress("::1", 6380, None, True, 15, "me", "secret")),
+        ("valkeys://cache", RedisAddress("cache", 6379, None, True, 0, None, None)),
+        ("unix:///run/valkey.sock", RedisAddress("", 6379, "/run/valkey.sock", False, 0, None, None)),
+        ("unix://:secret@/run/a%20b.sock?db=2", RedisAddress("", 6379, "/run/a b.sock", False, 2, None, "secret")),
+    ],
+)
+def test_the_store_of_rate_limits_is_a_url(url: str, address: RedisAddress) -> None:
+    assert load_settings({"REDIS_URL": url}).redis_address == address
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("cache:6379", "http://cache", "redis://", "redis:///0", "redis://cache:0", "redis://cache:65536"),
+        *("redis://cache/x", "redis://cache/-1", "redis://cache/0/1", "redis://cache?db=1", "redis://cache#x"),
+        *("redis://cache?", "redis://me@cache", "redis://-x", "redis://a b", "unix://", "unix:///", "unix://host/path"),
+        *("unix:///path?x=1", "unix:///path?db=", "unix:///path?db=1&x=2", "redis://:hunter2@one,two:6379"),
+    ],
+)
+def test_what_is_no_url_of_a_store_is_refused_and_never_printed(url: str) -> None:
+    (line,) = problems({"REDIS_URL": url})
+    assert line == (
+        "REDIS_URL: must be a URL such as redis://user:password@host:6379/0, rediss:// for TLS, or unix:///path?db=0"
+    )
+
+
+def test_the_stores_password_is_never_shown() -> None:
+    settings = load_settings({"REDIS_URL": "redis://me:hunter2@cache"})
+    assert "hunter2" not in f"{settings!r} {settings} {settings.redis_address!r}"
+    assert "hunter2" not in mask("cannot reach redis://me:hunter2@cache") + str(redact({"redis_url": "hunter2"}))
+
+
+def test_limits_are_a_process_s_own_by_default_and_an_outage_closes() -> None:
+    settings = load_settings({})
+    assert (settings.redis_address, settings.rate_limit_on_failure) == (None, "closed")
+    assert load_settings({"RATE_LIMIT_ON_FAILURE": "OPEN"}).rate_limit_on_failure == "open"
+    assert problems({"RATE_LIMIT_ON_FAILURE": "ajar"}) == ["RATE_LIMIT_ON_FAILURE: must be closed or open, got 'ajar'"]
+
+
+# --- the chain --------------------------------------------------------------------------------------------------------
+
+VAULT, SETTLEMENT = (StrKey.encode_contract(bytes([number]) * 32) for number in (1, 2))
+SEEDS = [make_seed(bytes([number]) * 32) for number in range(1, 5)]
+CHAIN = {
+    "SOROBAN_RPC_ENABLED": "true",
+    "SOROBAN_RPC_URL": "https://one.example/rpc, https://two.example",
+    "STELLAR_TESTNET_VAULT_CONTRACT_ID": VAULT,
+}
+
+
+def test_the_chain_is_off_until_it_is_asked_for() -> None:
+    settings = load_settings({})
+    assert not settings.soroban_rpc_enabled
+    assert not settings.horizon_enabled
+    assert settings.network_passphrase == "Test SDF Network ; September 2015"
+    assert (settings.circuit_breaker_threshold, settings.circuit_breaker_cooldown_seconds) == (5, 30)
+    assert (settings.retry_max_attempts, settings.retry_base_delay_seconds) == (3, 1)
+    assert settings.stellar_transaction_timeout_seconds == 300
+    assert load_settings({"TRANSACTION_TIMEOUT": "60"}).stellar_transaction_timeout_seconds == 60
+
+
+def test_only_the_networks_own_settings_count() -> None:
+    environ = {
+        "SOROBAN_RPC_ENABLED": "true",
+        "HORIZON_ENABLED": "true",
+        "SOROBAN_TESTNET_RPC_URL": "https://testnet.example",
+        "SOROBAN_MAINNET_RPC_URL": "https://mainnet.example/",
+        "STELLAR_TESTNET_HORIZON_URL": "https://horizon-testnet.example",
+        "STELLAR_MAINNET_HORIZON_URL": "https://horizon.example",
+        "STELLAR_TESTNET_VAULT_CONTRACT_ID": VAULT,
+        "STELLAR_MAINNET_VAULT_CONTRACT_ID": SETTLEMENT,
+        "STELLAR_TESTNET_SETTLEMENT_CONTRACT_ID": SETTLEMENT,
+    }
+    testnet = load_settings(environ)
+    assert testnet.rpc_urls == ("https://testnet.example",)
+    assert testnet.horizon_url_in_use == "https://horizon-testnet.example"
+    assert (testnet.vault_contract_id, testnet.settlement_contract_id) == (VAULT, SETTLEMENT)
+    mainnet = load_settings({**environ, "STELLAR_NETWORK": "mainnet"})
+    assert mainnet.rpc_urls == ("https://mainnet.example",)
+    assert mainnet.network_passphrase == "Public Global Stellar Network ; September 2015"
+    assert (mainnet.vault_contract_id, mainnet.settlement_contract_id) == (SETTLEMENT, None)
+    named = load_settings({**environ, **CHAIN, "HORIZON_URL": "http://localhost:8000"})
+    assert named.rpc_urls == ("https://one.example/rpc", "https://two.example")
+    assert named.horizon_url_in_use == "http://localhost:8000"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://rpc.example",
+        "https://user:password@rpc.example",
+        "https://rpc.example/?key=1",
+        "https://rpc.example/#a",
+        "https://rpc.example?",
+        "https://",
+        "ftp://localhost",
+        "rpc.example",
+        "https://rpc.example:0",
+        "https://rpc.example:99999",
+        "https://rpc.example/\u00e9",
+    ],
+)
+def test_a_nodes_url_is_https_without_anything_secret(url: str) -> None:
+    for name in ("SOROBAN_RPC_URL", "HORIZON_URL"):
+        (line,) = problems({name: url})
+        assert line.startswith(f"{name}: must be a")
+        assert "password" not in line.removeprefix(f"{name}: must be a URL")
+
+
+@pytest.mark.parametrize("url", ["http://localhost:8000", "http://127.0.0.1:1", "http://[::1]:8000/rpc"])
+def test_a_node_on_this_machine_may_be_plain(url: str) -> None:
+    assert load_settings({"SOROBAN_RPC_URL": url}).rpc_urls == (url,)
+
+
+def test_a_chain_that_is_turned_on_needs_its_settings() -> None:
+    assert problems({"SOROBAN_RPC_ENABLED": "true", "HORIZON_ENABLED": "true"}) == [
+        "SOROBAN_RPC_URL: is required where SOROBAN_RPC_ENABLED is true (or SOROBAN_TESTNET_RPC_URL)",
+        "STELLAR_TESTNET_VAULT_CONTRACT_ID: is required where SOROBAN_RPC_ENABLED is true",
+        "HORIZON_URL: is required where HORIZON_ENABLED is true (or STELLAR_TESTNET_HORIZON_URL)",
+    ]
+    assert problems({"HORIZON_ENABLED": "true", "HORIZON_URL": "https://horizon.example"}) == [
+        "HORIZON_ENABLED: needs SOROBAN_RPC_ENABLED, which Horizon is second to"
+    ]
+
+
+def test_ids_and_seeds_are_checked_by_their_checksums_and_seeds_never_shown() -> None:
+    wrong = VAULT[:-1] + ("A" if VAULT[-1] != "A" else "B")
+    bad_seed = SEEDS[0][:-1] + ("A" if SEEDS[0][-1] != "A" else "B")
+    found = problems(
+        {
+            "STELLAR_TESTNET_VAULT_CONTRACT_ID": wrong,
+            "STELLAR_MAINNET_SETTLEMENT_CONTRACT_ID": SEEDS[0][:10],
+            "VAULT_OWNER_SEED": bad_seed,
+            "CHANNEL_SEEDS": f"{SEEDS[1]},{bad_seed}",
+            "FEE_BUMPER_SECRET_KEY": VAULT,
+        }
+    )
+    assert [line.partition(":")[0] for line in found] == [
+        "STELLAR_TESTNET_VAULT_CONTRACT_ID",
+        "STELLAR_MAINNET_SETTLEMENT_CONTRACT_ID",
+        "VAULT_OWNER_SEED",
+        "CHANNEL_SEEDS",
+        "FEE_BUMPER_SECRET_KEY",
+    ]
+    assert not any(secret in line for line in found for secret in (bad_seed, SEEDS[1]))
+    settings = load_settings({"CHANNEL_SEEDS": f"{SEEDS[0]}, {SEEDS[1]},"})
+    assert [each.get_secret_value() for each in settings.channel_seeds] == SEEDS[:2]
+    assert SEEDS[0] not in repr(settings)
+
+
+def test_no_key_does_two_things_that_must_not_be_one_keys() -> None:
+    owner, channel, bumper, login = SEEDS
+    fine = {
+        **CHAIN,
+        "VAULT_OWNER_SEED": owner,
+        "CHANNEL_SEEDS": channel,
+        "FEE_BUMPER_SECRET_KEY": bumper,
+        "AUTH_SIGNING_SEED": login,
+    }
+    assert load_settings(fine).channel_seeds
+    for change, name in (
+        ({"CHANNEL_SEEDS": f"{channel},{owner}"}, "CHANNEL_SEEDS"),
+        ({"CHANNEL_SEEDS": bumper}, "CHANNEL_SEEDS"),
+        ({"CHANNEL_SEEDS": ""}, "CHANNEL_SEEDS"),
+        ({"AUTH_SIGNING_SEED": owner}, "AUTH_SIGNING_SEED"),
+        ({"AUTH_SIGNING_SEED": channel}, "AUTH_SIGNING_SEED"),
+        ({"AUTH_SIGNING_SEED": bumper}, "AUTH_SIGNING_SEED"),
+        ({"STELLAR_TESTNET_SETTLEMENT_CONTRACT_ID": VAULT}, "STELLAR_TESTNET_SETTLEMENT_CONTRACT_ID"),
+    ):
+        (line,) = problems({**fine, **change})
+        assert line.startswith(f"{name}: ")
+
+
+def test_mainnet_in_production_is_mainnet() -> None:
+    environ = {**PRODUCTION, "STELLAR_NETWORK": "mainnet", "STELLAR_NETWORK_PASSPHRASE": "Sandbox"}
+    (line,) = problems(environ)
+    assert line.startswith("STELLAR_NETWORK_PASSPHRASE: must be mainnet's own")
+    assert load_settings({**environ, "APP_ENV": "development"}).network_passphrase == "Sandbox"
+    assert load_settings({**environ, "STELLAR_NETWORK": "testnet"}).network_passphrase == "Sandbox"
+
+
+def test_what_settles_has_two_keys_of_its_own_and_somewhere_for_a_fee_to_go() -> None:
+    owner, channel, charging, crediting = SEEDS
+    fine = {
+        **CHAIN,
+        "VAULT_OWNER_SEED": owner,
+        "CHANNEL_SEEDS": channel,
+        "SETTLEMENT_CHARGING_SEED": charging,
+        "SETTLEMENT_CREDITING_SEED": crediting,
+        "PLATFORM_FEE_BPS": "250",
+        "PLATFORM_FEE_ADDRESS": VAULT,
+    }
+    settings = load_settings(fine)
+    assert settings.settlement_min_payout_stroops == 5 * 10_000_000
+    assert charging not in repr(settings)
+    for change, line in (
+        ({"SETTLEMENT_CREDITING_SEED": ""}, "SETTLEMENT_CREDITING_SEED: is required"),
+        ({"SETTLEMENT_CHARGING_SEED": ""}, "SETTLEMENT_CHARGING_SEED: is required"),
+        ({"SETTLEMENT_CREDITING_SEED": charging}, "SETTLEMENT_CREDITING_SEED: must be a key of its own"),
+        ({"SETTLEMENT_CHARGING_SEED": owner}, "SETTLEMENT_CHARGING_SEED: must be a key of its own"),
+        ({"SETTLEMENT_CHARGING_SEED": channel}, "SETTLEMENT_CHARGING_SEED: must be a key of its own"),
+        ({"AUTH_SIGNING_SEED": charging}, "AUTH_SIGNING_SEED: must be a key of its own"),
+        ({"PLATFORM_FEE_ADDRESS": ""}, "PLATFORM_FEE_ADDRESS: is required"),
+        ({"PLATFORM_FEE_ADDRESS": "somewhere"}, "PLATFORM_FEE_ADDRESS: must be an address"),
+        ({"PLATFORM_FEE_BPS": "10001"}, "PLATFORM_FEE_BPS: must"),
+        ({"SETTLEMENT_MIN_PAYOUT_USDC": "0"}, "SETTLEMENT_MIN_PAYOUT_USDC: must"),
+        ({"SETTLEMENT_MIN_PAYOUT_USDC": "1e3"}, "SETTLEMENT_MIN_PAYOUT_USDC: must"),
+        ({"SETTLEMENT_CHARGING_CAP_USDC": "0.5"}, "SETTLEMENT_CHARGING_CAP_USDC: must"),
+    ):
+        found = problems({**fine, **change})
+        assert any(each.startswith(line) for each in found), (change, found)
+        assert not any(seed in each for seed in SEEDS for each in found)

@@ -37,9 +37,11 @@ WEATHER = "/v1/call/weather-api/current"
 
 
 @contextmanager
-def dev(data_dir: Path, log_directory: Path, **environ: str) -> Iterator[tuple[CalloraProcess, dict[str, Any]]]:
+def dev(
+    data_dir: Path, log_directory: Path, *more: str, **environ: str
+) -> Iterator[tuple[CalloraProcess, dict[str, Any]]]:
     """Run `callora dev` and yield it with its facts; whatever ends it, nothing of it is left."""
-    arguments = ("dev", "--json", "--port", "0", "--data-dir", str(data_dir))
+    arguments = ("dev", "--json", "--port", "0", "--data-dir", str(data_dir), *more)
     with nothing_left_in(data_dir), callora(*arguments, environ=environ, log_directory=log_directory) as process:
         yield process, process.facts()
 
@@ -64,6 +66,20 @@ def pay(
     return trio.run(one)
 
 
+def test_the_demo_developer_is_paid_on_the_sandbox_when_somebody_says_so(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    with dev(data_dir, tmp_path, SETTLEMENT_MIN_PAYOUT_USDC="0.1") as (_, facts):
+        for _ in range(3):
+            assert pay(facts, "/v1/call/weather-api/forecast")[0] == 200
+        told = run_callora(
+            "settle", "--now", "--wait", "60", "--data-dir", str(data_dir), environ={}, log_directory=tmp_path
+        )
+        assert told.popen.returncode == 0, told.stdout + told.stderr
+        (line,) = [each for each in told.stdout.splitlines() if "completed" in each]
+        assert "0.1500000" in line
+        assert facts["developer"]["wallet"] in line
+
+
 def test_it_prints_one_json_line_and_serves_at_once(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     with dev(data_dir, tmp_path, LOG_LEVEL="info") as (process, facts):
@@ -74,7 +90,7 @@ def test_it_prints_one_json_line_and_serves_at_once(tmp_path: Path) -> None:
         assert facts["upstream_url"].startswith("http://127.0.0.1:")
         assert facts["admin_api_key"]
         assert set(facts["consumer"]) == {"user_id", "api_key", "vault_id", "token"}
-        assert set(facts["developer"]) == {"user_id", "api_id", "api_slug", "token"}
+        assert set(facts["developer"]) == {*("user_id", "wallet", "wallet_seed", "api_id", "api_slug", "token")}
         assert pay(facts) == (200, "99.9900000")
         assert pay(facts, "/v1/call/weather-api/forecast?days=3") == (200, "99.9400000")
         assert pay(facts, "/v1/call/weather-api/reports/oslo", "first-order", "POST") == (201, "99.9200000")
@@ -106,6 +122,19 @@ def test_a_second_start_keeps_balance_ids_and_key(tmp_path: Path) -> None:
         assert pay(second) == (200, "99.9800000")
         process.signal(signal.SIGTERM)
         assert process.wait(15) == 0
+
+
+def test_the_example_is_called_under_its_own_paths_and_paid_in_credits(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    for example in (("--example", "mana"), ()):
+        with dev(data_dir, tmp_path, *example) as (process, facts):
+            searched = pay(facts, "/v1/search", method="POST")
+            assert searched == ((200, "100.0000000") if example else (404, None))
+            if example:
+                assert pay(facts, "/v1/tts/voices") == (200, "100.0000000")
+            assert pay(facts)[0] == 200, "the demo API is there as well"
+            process.signal(signal.SIGTERM)
+            assert process.wait(15) == 0
 
 
 def test_the_second_of_two_on_one_directory_says_who_has_it(tmp_path: Path) -> None:

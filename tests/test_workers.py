@@ -23,6 +23,7 @@ from tests.support.processes import (
 )
 from tests.support.service import Consumer, running_service
 from tests.support.upstream import RawUpstream, raw_upstream
+from tests.support.valkey import Valkey
 
 
 async def seeded(database_url: str, upstream: RawUpstream, balances: list[str]) -> list[Consumer]:
@@ -221,3 +222,22 @@ def test_workers_need_a_port_that_is_named_and_free(database_url: str, tmp_path:
             assert late.popen.returncode == 1
             assert len(late.stderr.splitlines()) == 1
             assert f"127.0.0.1:{port}" in late.stderr
+
+
+@pytest.mark.proof
+async def test_workers_share_the_limits_of_a_key_through_the_store(
+    database_url: str, valkey: Valkey, tmp_path: Path
+) -> None:
+    port = free_port()
+    environ = {"DATABASE_URL": database_url, "PORT": str(port), "REDIS_URL": valkey.url}
+    async with raw_upstream(answer_uniquely(0.0)) as upstream:
+        consumer, warm = await seeded(database_url, upstream, ["10", "1"])
+        async with books(database_url) as database:
+            changed = "UPDATE api_keys SET rate_limit_per_minute = 10 WHERE api_key_id = $1"
+            await database.execute(changed, consumer.api_key_id)
+        with callora("serve", "--workers", "2", environ=environ, log_directory=tmp_path) as process:
+            await first_paid(process, port, warm.api_key)
+            answers = await call_all_at_once([port] * 60, consumer, f"/v1/call/{API}/x")
+            assert Counter(answer.status for answer in answers) == {200: 10, 429: 50}
+            process.signal()
+            assert await process.ended() == 0, process.stderr

@@ -7,11 +7,13 @@ claim that goes with the hold.
 """
 
 import hashlib
+from functools import partial
 from typing import Final, Literal
 
 import attrs
 import trio
 
+from callora.actors.flights import Flights
 from callora.actors.registry import VaultRegistry
 from callora.ledger.clock import Clock
 from callora.ledger.commands import Delivery, Grant, IdempotencyClaim, PlaceHold, Refund, capture
@@ -35,6 +37,7 @@ from callora.ledger.outcomes import (
 from callora.store import accounts
 from callora.store.billing import BillingRequest, bind_anew, bind_request
 from callora.store.bridge import Database
+from callora.store.feed import note_late
 from callora.store.reads import billing as reads
 
 HOLD_SECONDS: Final = 60
@@ -97,7 +100,7 @@ class KeyMissing:
 class KeyNarrowed:
     """The key may not be used for this."""
 
-    to: Literal["api", "endpoint"]
+    to: Literal["api", "plan", "endpoint", "scope"]
 
 
 @attrs.frozen
@@ -142,16 +145,6 @@ Refusal = (
 """Why nothing was charged. The request may be sent again, after Mismatch under another id."""
 
 
-@attrs.define(eq=False)
-class _Flight:
-    """One request being worked on, and all who wait for it."""
-
-    fingerprint: bytes
-    done: trio.Event = attrs.field(factory=trio.Event)
-    outcome: Deducted | Refusal | None = None
-    fault: Exception | None = None
-
-
 class Billing:
     """Charges the caller's own vault, and gives back. Run it in a nursery."""
 
@@ -160,18 +153,13 @@ class Billing:
         self._registry = registry
         self._clock = clock
         self._ids = ids
-        self._flights: dict[tuple[UserId, str], _Flight] = {}
-        self._nursery: trio.Nursery | None = None
+        self._flights: Flights[tuple[UserId, str], Deducted | Refusal] = Flights("deduct")
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(  # noqa: ASYNC128 - the flights call it
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         """Work on requests until cancelled; then what is under way is left to a retry."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            try:
-                await trio.sleep_forever()
-            finally:
-                self._nursery = None
+        await self._flights.run(task_status=task_status)
 
     async def deduct(self, user_id: UserId, order: Order) -> Deducted | Refusal:
         """Charge the user's own vault once for this request.
@@ -182,40 +170,29 @@ class Billing:
 
         Cancellation: the waiting ends; the charge is carried on.
         """
-        name = (user_id, order.request_id)
-        flight = self._flights.get(name)
-        while flight is not None and flight.fingerprint != order.fingerprint:
-            await flight.done.wait()
-            flight = self._flights.get(name)
-        joined = flight is not None
-        if flight is None:
-            if self._nursery is None:
-                await trio.lowlevel.checkpoint()
-                return Draining()
-            flight = self._flights[name] = _Flight(order.fingerprint)
-            self._nursery.start_soon(self._fly, user_id, order, flight, name=f"deduct {order.request_id}")
-        await flight.done.wait()
-        if flight.fault is not None:
-            raise flight.fault
-        assert flight.outcome is not None
-        if joined and isinstance(flight.outcome, Deducted):
-            return attrs.evolve(flight.outcome, already=True)
-        return flight.outcome
+        work = partial(self._carry_on, user_id, order)
+        landed = await self._flights.fly((user_id, order.request_id), order.fingerprint, work)
+        if isinstance(landed, Draining):
+            return landed
+        if landed.joined and isinstance(landed.outcome, Deducted):
+            return attrs.evolve(landed.outcome, already=True)
+        return landed.outcome
 
     async def refund(
-        self, event_id: EventId, amount: Stroops | None, ref: str
+        self, event_id: EventId, amount: Stroops | None, ref: str, vault_id: VaultId | None = None
     ) -> Credited | ChargeMissing | RefundRefused | Mismatch | Overloaded | Draining:
         """Give back all or part of a charge, once under this reference.
 
         Args:
             amount: stroops, > 0; None: all that is left to give back.
+            vault_id: who paid, where that is known.
 
         Raises:
             StoreUnavailable: nothing was given back. OutcomeUnknown: the same reference again tells.
 
         Cancellation: the waiting ends; the refund may still be booked.
         """
-        charge = await reads.find_charge(self._database, event_id)
+        charge = await reads.find_charge(self._database, event_id, vault_id)
         if charge is None:
             return ChargeMissing()
         available, already = charge.available, True
@@ -259,18 +236,6 @@ class Billing:
         booked = await reads.entry_amount(self._database, vault_id, kind, ref)
         assert booked is not None, "entries are never deleted"
         return booked
-
-    async def _fly(self, user_id: UserId, order: Order, flight: _Flight) -> None:
-        try:
-            flight.outcome = await self._carry_on(user_id, order)
-        except Exception as fault:  # raised to each who waits
-            flight.fault = fault
-        except BaseException:
-            flight.fault = OutcomeUnknown("the service stopped at this request")
-            raise
-        finally:
-            del self._flights[user_id, order.request_id]
-            flight.done.set()
 
     async def _carry_on(self, user_id: UserId, order: Order) -> Deducted | Refusal:
         """Look at how far the request has come, and take it on from there."""
@@ -332,9 +297,11 @@ class Billing:
             )
             if key is None or (order.network is not None and vaults.get(order.network) != key.vault_id):
                 return KeyMissing()
-            if not key.api_allowed or not key.endpoint_allowed:
-                return KeyNarrowed("endpoint" if key.api_allowed else "api")
-            return key.vault_id
+            if not key.api_allowed:
+                return KeyNarrowed("api")
+            if not key.plan_allowed:
+                return KeyNarrowed("plan")
+            return key.vault_id if key.endpoint_allowed else KeyNarrowed("endpoint")
         if order.network is None and len(vaults) > 1:
             return VaultUnclear()
         vault_id = next(iter(vaults.values()), None) if order.network is None else vaults.get(order.network)
@@ -348,6 +315,7 @@ class Billing:
         # No Idempotency-Key of the gateway holds a blank. An event that was given up on, and is stored late or by
         # another process, is placed by whoever claims its name first, and by nobody else.
         claim = IdempotencyClaim(f"event {request.event_id}", request.fingerprint, None, CLAIM_SECONDS)
+        await note_late(self._database, request.vault_id, request.event_id, self._clock.now())
         placed = await self._registry.ask(
             request.vault_id, PlaceHold(request.event_id, request.amount, HOLD_SECONDS, charged, claim)
         )

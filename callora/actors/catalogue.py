@@ -7,21 +7,23 @@ price changed takes effect here within STALE_SECONDS, or nothing is served; the 
 """
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from hmac import compare_digest
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
 import attrs
 import trio
 from structlog.typing import FilteringBoundLogger
 
+from callora.actors.turns import in_turns
+from callora.ledger.clock import Clock
 from callora.ledger.faults import CalloraFault, StoreUnavailable
-from callora.ledger.ids import ApiKeyId, VaultId
+from callora.ledger.ids import ApiKeyId
 from callora.ledger.keys import PREFIX_CHARS, KeyRecord, hash_key
 from callora.ledger.pricing import ApiRecord
 from callora.ledger.tokens import SignedToken, TokenRecord
 from callora.metrics import Metrics
-from callora.store.reads.gateway import Reads
+from callora.store.reads.gateway import CatalogueChange, Reads
 
 STALE_SECONDS: Final = 1.0
 """The bound on staleness: nothing kept is used longer than this after the last complete look at the changes."""
@@ -31,7 +33,10 @@ KEYS_MAX: Final = 200_000
 APIS_MAX: Final = 20_000
 TOKENS_MAX: Final = 50_000
 UNKNOWN_MAX: Final = 20_000
-USE_FLUSH_SECONDS: Final = 60.0
+USED_BATCH: Final = 1000
+"""Keys whose use one statement notes: no call waits for more of them to be sent, and none of them long for its row."""
+
+Ended = Literal["disabled", "expired", "revoked"]
 
 V = TypeVar("V")
 
@@ -112,13 +117,15 @@ class Catalogue:
         metrics: Metrics,
         log: FilteringBoundLogger,
         refresh_seconds: float,
-        note_use: Callable[[list[ApiKeyId]], Awaitable[None]],
+        note_use: Callable[[Sequence[ApiKeyId]], Awaitable[None]],
+        clock: Clock,
     ) -> None:
         self._reads = reads
         self._metrics = metrics
         self._log = log
         self._refresh_seconds = refresh_seconds
         self._note_use = note_use
+        self._clock = clock
         self._keys: _Cache[KeyRecord] = _Cache(KEYS_MAX)
         self._apis: _Cache[ApiRecord] = _Cache(APIS_MAX)
         self._tokens: _Cache[TokenRecord] = _Cache(TOKENS_MAX)
@@ -136,7 +143,7 @@ class Catalogue:
             return None
         record = self._keys.found.get(hash_key(key))
         if record is not None:
-            self._used.add(record.api_key_id)
+            self._note(record)
         return record
 
     def api_now(self, slug_or_id: str, now: float) -> ApiRecord | None:
@@ -156,11 +163,11 @@ class Catalogue:
         if record is None:
             record = await self._keys.load(digest, lambda: self._read_key(key[:PREFIX_CHARS].decode(), digest))
         if record is not None:
-            self._used.add(record.api_key_id)
+            self._note(record)
         return record
 
     async def token(self, signed: SignedToken) -> TokenRecord | None:
-        """Return the record of a signed access token, or None where there is no such token.
+        """Return the record of a signed access token, or None where its key has no such token.
 
         It is dropped with every change of its key, so it is never wider than its key is now.
 
@@ -170,8 +177,10 @@ class Catalogue:
         record = self._tokens.found.get(signed.token_id) if self._fresh else None
         if record is None:
             record = await self._tokens.load(signed.token_id, lambda: self._reads.token(signed))
-        if record is not None:
-            self._used.add(record.key.api_key_id)
+        if record is None or record.key.api_key_id != signed.api_key_id:
+            return None
+        if record.revoked_at is None and record.expires_at > self._clock.now():
+            self._note(record.key)
         return record
 
     async def api(self, slug_or_id: str) -> ApiRecord | None:
@@ -201,15 +210,14 @@ class Catalogue:
                 self._apis.clear()
                 self._tokens.clear()
                 self._version = version
-            for change in changes:
-                self._drop(change.kind, change.ref)
-                self._version = change.version
+            if changes:
+                self._drop(changes)
+                self._version = changes[-1].version
         self._looked_at = max(self._looked_at, began)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep looking until cancelled; a database that is away is asked again, and nothing kept is used meanwhile."""
         task_status.started()
-        flush_at = trio.current_time() + USE_FLUSH_SECONDS
         away = False
         while True:
             try:
@@ -217,15 +225,36 @@ class Catalogue:
                 if away:
                     away = False
                     self._log.info("catalogue_refreshed_again")
-                if trio.current_time() >= flush_at:
-                    flush_at = trio.current_time() + USE_FLUSH_SECONDS
-                    await self._flush_use()
             except CalloraFault as fault:
                 if not away:
                     self._log.warning("catalogue_not_refreshed", error=str(fault))
                 away = True
             self._metrics.catalogue_age_seconds.set(trio.current_time() - self._looked_at)
             await trio.sleep(self._refresh_seconds)
+
+    async def note_used(self) -> None:
+        """Store which keys were used since the last time, USED_BATCH at a time: apart from the looks at the changes,
+        which must not wait for it.
+
+        Raises:
+            CalloraFault: the rest is not noted, until those keys are used again.
+        """
+        used, self._used = self._used, set()
+        for turn in in_turns(used, USED_BATCH):
+            await self._note_use(turn)
+
+    def end_of(self, key: KeyRecord) -> Ended | None:
+        """Return why no call is made with a key any more, or None for one that lives."""
+        if key.disabled:
+            return "disabled"
+        if key.expires_at is not None and key.expires_at <= self._clock.now():
+            return "expired"
+        return None if key.revoked_at is None else "revoked"
+
+    def _note(self, key: KeyRecord) -> None:
+        """Note a key as used, unless it has ended: refusing it is no use of it."""
+        if self.end_of(key) is None:
+            self._used.add(key.api_key_id)
 
     @property
     def _fresh(self) -> bool:
@@ -237,26 +266,18 @@ class Catalogue:
                 return record
         return None
 
-    async def _flush_use(self) -> None:
-        used, self._used = self._used, set()
-        if used:
-            await self._note_use(list(used))
+    def _drop(self, changes: Sequence[CatalogueChange]) -> None:
+        """Drop what the changes name, in one walk through what is kept, however many they are."""
+        named: dict[str, set[str]] = {"key": set(), "vault": set(), "plan": set(), "api": set()}
+        for change in changes:
+            named[change.kind].add(change.ref)
+        keys, vaults, apis, every = named["key"], named["vault"], named["api"], bool(named["plan"])
+        if keys or vaults or every:
 
-    def _drop(self, kind: str, ref: str) -> None:
-        match kind:
-            case "key":
-                key_id = ApiKeyId(ref)
-                self._drop_keys(lambda key: key.api_key_id == key_id)
-            case "vault":
-                vault_id = VaultId(ref)
-                self._drop_keys(lambda key: key.vault_id == vault_id)
-            case "plan":
-                self._drop_keys(lambda _: True)
-            case "api":
-                self._apis.drop([name for name, api in self._apis.found.items() if str(api.api_id) == ref])
-            case _:
-                raise AssertionError(f"unknown kind of change: {kind}")
+            def changed(key: KeyRecord) -> bool:
+                return every or key.api_key_id in keys or key.vault_id in vaults
 
-    def _drop_keys(self, changed: Callable[[KeyRecord], bool]) -> None:
-        self._keys.drop([digest for digest, key in self._keys.found.items() if changed(key)])
-        self._tokens.drop([token_id for token_id, token in self._tokens.found.items() if changed(token.key)])
+            self._keys.drop([digest for digest, key in self._keys.found.items() if changed(key)])
+            self._tokens.drop([token_id for token_id, token in self._tokens.found.items() if changed(token.key)])
+        if apis:
+            self._apis.drop([name for name, api in self._apis.found.items() if str(api.api_id) in apis])

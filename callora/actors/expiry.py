@@ -13,13 +13,14 @@ from structlog.typing import FilteringBoundLogger
 
 from callora.actors.mailbox import Envelope
 from callora.actors.registry import VaultRegistry
+from callora.actors.rollup import UNDEFINED_TABLE
 from callora.ledger.clock import Clock
 from callora.ledger.commands import expire
 from callora.ledger.faults import CalloraFault
 from callora.ledger.ids import EventId
 from callora.ledger.outcomes import HoldClosed
 from callora.metrics import Metrics
-from callora.store.bridge import Database
+from callora.store.bridge import Database, StatementRejected
 from callora.store.usage import FIRST, OpenHold, open_holds, still_open
 from callora.store.vaults import ROUND_SECONDS_MAX
 
@@ -83,6 +84,8 @@ class ExpirySweep:
             ended = await self._expire([hold for hold in present.values() if hold.expires_at <= now])
         oldest = min((hold.created_at for hold in self._open.values()), default=now)
         self._metrics.hold_oldest_seconds.set((now - oldest).total_seconds())
+        first = min((hold.expires_at for hold in self._open.values()), default=now)
+        self._metrics.hold_overdue_seconds.set(max(0.0, (now - first).total_seconds()))
         return ended
 
     async def _look(self, now: datetime) -> None:
@@ -103,7 +106,7 @@ class ExpirySweep:
     async def _expire(self, holds: Sequence[OpenHold]) -> int:
         sent: list[Envelope] = []
         for hold in holds:
-            envelope = Envelope(expire(hold.event_id, hold.held_amount))
+            envelope = Envelope(expire(hold.event_id, hold.held_amount, hold.held_credits))
             if self._registry.send(hold.vault_id, envelope) is None:
                 sent.append(envelope)
         ended = 0
@@ -136,4 +139,9 @@ async def repeat(
             await job()
         except CalloraFault as fault:
             log.warning("job_failed", job=name, error=str(fault))
+        except StatementRejected as error:
+            if error.sqlstate != UNDEFINED_TABLE:
+                raise
+            # The schema is an older one, and somebody may be about to migrate: /readyz says so.
+            log.warning("job_failed", job=name, error=str(error))
         await trio.sleep(interval_seconds)

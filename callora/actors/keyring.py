@@ -42,6 +42,8 @@ class KeySpec:
     allowed_endpoints: Sequence[EndpointId] | None
     allowed_networks: Sequence[Network] | None
     rate_limit_per_minute: int | None
+    monthly_credit_cap: int | None
+    """Credits of its vault's quota that it may burn in a calendar month."""
     expires_at: datetime | None
 
 
@@ -119,6 +121,7 @@ class Keyring:
             allowed_apis=spec.allowed_apis,
             allowed_endpoints=spec.allowed_endpoints,
             allowed_networks=spec.allowed_networks,
+            monthly_credit_cap=spec.monthly_credit_cap,
         )
         assert added, "a vault is never deleted, and never changes its network"
         return NewSecret(api_key_id, secret)
@@ -151,7 +154,7 @@ class Keyring:
 
     async def revoke(self, api_key_id: ApiKeyId, user_id: UserId | None) -> bool:
         """Revoke a key, for good; False when there is none. Its access tokens end with it."""
-        revoked = await keys.revoke_key(self._database, api_key_id, user_id, self._clock.now())
+        revoked = await keys.revoke_key(self._database, api_key_id, user_id, self._clock.now(), self._ids.uuid7)
         await self._take_effect()
         return revoked
 

@@ -5,9 +5,10 @@ from typing import Final
 import attrs
 import trio
 
+from callora.actors.turns import in_turns
 from callora.ledger.ids import ApiKeyId, UserId
 from callora.ledger.keys import KeyRecord
-from callora.ledger.limits import Pace, SlidingLog
+from callora.ledger.limits import Limit, Pace, SlidingLog
 
 SWEEP_SECONDS: Final = 30.0
 
@@ -24,12 +25,15 @@ class PaceRefused:
 @attrs.define(slots=True, eq=False)
 class _User:
     log: SlidingLog
+    keys: int = 0
+    """How many of the user's keys are kept."""
 
 
 @attrs.define(slots=True, eq=False)
 class KeyPace:
     """One key's running calls and logs; a call holds it from its admission to its end."""
 
+    user_id: UserId
     log: SlidingLog
     user: _User
     running: int = 0
@@ -72,7 +76,8 @@ class Limiter:
             user = self._users.get(key.user_id)
             if user is None:
                 user = self._users[key.user_id] = _User(SlidingLog(self._user_limit, self._user_window_seconds))
-            kept = self._keys[key.api_key_id] = KeyPace(SlidingLog(0, self._key_window_seconds), user)
+            user.keys += 1
+            kept = self._keys[key.api_key_id] = KeyPace(key.user_id, SlidingLog(0, self._key_window_seconds), user)
         if kept.running >= self._running_max:
             return None
         kept.running += 1
@@ -88,7 +93,7 @@ class Limiter:
         Args:
             now: on Trio's clock.
         """
-        kept.log.limit = key.rate_limit_per_minute or self._key_limit_default
+        kept.log.limit = self._key_limit(key)
         refused = kept.user.log.refuse(now)
         if refused is not None:
             return PaceRefused("user", refused)
@@ -99,16 +104,43 @@ class Limiter:
         kept.log.admit(now)
         return None
 
+    def limits(self, key: KeyRecord) -> tuple[Limit, Limit]:
+        """Return the user's limit and the key's."""
+        return (
+            Limit(self._user_limit, self._user_window_seconds),
+            Limit(self._key_limit(key), self._key_window_seconds),
+        )
+
+    def note(self, key: KeyRecord, kept: KeyPace, now: float) -> None:
+        """Count a call that others let in, whatever the limits here say of it.
+
+        Args:
+            now: on Trio's clock.
+        """
+        kept.log.limit = self._key_limit(key)
+        for log in (kept.user.log, kept.log):
+            log.refuse(now)  # what has left the window goes
+            log.admit(now)
+
+    def _key_limit(self, key: KeyRecord) -> int:
+        return key.rate_limit_per_minute or self._key_limit_default
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Forget logs that have emptied, until cancelled."""
         task_status.started()
         while True:
             await trio.sleep(SWEEP_SECONDS)
+            await self.sweep()
+
+    async def sweep(self) -> None:
+        """Forget logs that have emptied, a turn at a time. Nothing else forgets any, so what comes is still there."""
+        for turn in in_turns(self._keys):
             now = trio.current_time()
-            for key_id, kept in tuple(self._keys.items()):
+            for key_id in turn:
+                kept = self._keys[key_id]
                 if kept.running == 0 and kept.log.is_empty(now) and kept.user.log.is_empty(now):
                     del self._keys[key_id]
-            in_use = {id(kept.user) for kept in self._keys.values()}
-            for user_id, user in tuple(self._users.items()):
-                if id(user) not in in_use:
-                    del self._users[user_id]
+                    kept.user.keys -= 1
+                    if kept.user.keys == 0:
+                        del self._users[kept.user_id]
+            await trio.lowlevel.checkpoint()

@@ -79,6 +79,8 @@ class Envelope:
     reply: Reply[object] = attrs.field(factory=Reply)
     available: Stroops = ZERO
     """The vault's available balance when this command was decided."""
+    credits: int = 0
+    """What a hold that was decided takes in credits."""
     losses: int = 0
     """Rounds this command lost to another process."""
     look_up: bool = False

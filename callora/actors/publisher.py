@@ -33,6 +33,7 @@ from callora.ledger.offers import (
     make_slug,
     merge_headers,
     slug_candidates,
+    wrong_versions,
 )
 from callora.store import apis, developers
 from callora.store.apis import PresentEndpoint, TooManyVersions
@@ -186,7 +187,7 @@ class Publisher:
 
         async def change(connection: Connection, row: Row, now: datetime) -> Outcome:
             present = await apis.present_endpoints(connection, row["api_id"], now)
-            wrong = _refuse_endpoints(offers, present)
+            wrong = _refuse_endpoints(offers, present, now)
             if wrong:
                 return OfferRefused(tuple(wrong))
             put = await apis.put_endpoints(connection, row["api_id"], offers, present, now)
@@ -216,6 +217,10 @@ class Publisher:
             found = next((each for each in present if each.endpoint_id == endpoint_id and not each.retired), None)
             if found is None:
                 return NoSuchApi()
+            offered = () if price is None else (price,)
+            wrong = wrong_versions(found.prices, found.last_version, offered, now)
+            if wrong:
+                return OfferRefused(tuple(Wrong(("rate_card",), message, "INVALID_VALUE") for message in wrong))
             changed = attrs.evolve(found, **changes)
             if changed != found:
                 await apis.change_endpoint(connection, row["api_id"], changed)
@@ -309,11 +314,20 @@ class Publisher:
             self._log.warning("catalogue_not_refreshed", error=str(fault))
 
 
-def _refuse_endpoints(offers: Sequence[EndpointOffer], present: Sequence[PresentEndpoint]) -> list[Wrong]:
+def _refuse_endpoints(
+    offers: Sequence[EndpointOffer], present: Sequence[PresentEndpoint], now: datetime
+) -> list[Wrong]:
+    known = {(each.method, each.path): each for each in present}
     live = [(each.method, each.path) for each in present if not each.retired]
     retired = {(each.method, each.path) for each in present if each.retired}
     wrong = check_endpoints(offers, live)
     for number, offer in enumerate(offers):
+        found = known.get((offer.method, offer.path))
+        if found is not None and any(price.card_kept for price in offer.prices):
+            wrong += [
+                Wrong(("endpoints", number, "rate_card"), message, "INVALID_VALUE")
+                for message in wrong_versions(found.prices, found.last_version, offer.prices, now)
+            ]
         if (offer.method, offer.path) in retired and any(price.effective_from is not None for price in offer.prices):
             # Its former price would be in effect until then.
             message = "must be left out for an endpoint that was retired: it is offered again at once"

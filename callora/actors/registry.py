@@ -14,7 +14,8 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from callora.actors.mailbox import Envelope
-from callora.actors.vault import Policies, VaultActor
+from callora.actors.turns import in_turns
+from callora.actors.vault import VaultActor
 from callora.actors.writer import LedgerStore, Writer
 from callora.ledger.commands import CloseHold, Command
 from callora.ledger.faults import StoreUnavailable
@@ -53,7 +54,6 @@ class VaultRegistry:
         metrics: Metrics,
         log: FilteringBoundLogger,
         random: Random,
-        policies: Policies,
         mailbox_commands_max: int,
     ) -> None:
         self._store = store
@@ -61,7 +61,6 @@ class VaultRegistry:
         self._metrics = metrics
         self._log = log
         self._random = random
-        self._policies = policies
         self._mailbox_commands_max = mailbox_commands_max
         self._actors: dict[VaultId, VaultActor] = {}
         self._states: dict[VaultId, VaultState] = {}
@@ -111,7 +110,6 @@ class VaultRegistry:
                 vault_id,
                 self._store,
                 self._writer,
-                self._policies(vault_id),
                 self._random,
                 self._start,
                 self._states.pop(vault_id, None),
@@ -164,11 +162,14 @@ class VaultRegistry:
             with trio.move_on_after(SWEEP_SECONDS):
                 await self._closed.wait()
             deepest = 0
-            for vault_id, actor in tuple(self._actors.items()):
-                deepest = max(deepest, actor.depth)
-                if actor.idle_sweeps >= IDLE_SWEEPS and actor.idle:
-                    self._retire(vault_id)
-                actor.idle_sweeps += 1
+            for turn in in_turns(self._actors.values()):
+                for actor in turn:
+                    deepest = max(deepest, actor.depth)
+                    # One that ended meanwhile may have a successor.
+                    if actor.idle_sweeps >= IDLE_SWEEPS and actor.idle and self._actors.get(actor.vault_id) is actor:
+                        self._retire(actor.vault_id)
+                    actor.idle_sweeps += 1
+                await trio.lowlevel.checkpoint()
             self._metrics.active_vaults.set(len(self._actors))
             self._metrics.vault_mailbox_depth_max.set(deepest)
             for vault_id, record in tuple(self._records.items()):

@@ -11,16 +11,19 @@ import hashlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 from structlog.typing import FilteringBoundLogger
 
 from callora.ledger.clock import Clock
 from callora.ledger.ids import Ids, UserId
-from callora.stellar.web_auth import ProofRefused, WebAuth, signed_message
+from callora.stellar.proofs import ProofRefused, signed_message
 from callora.store import sessions as store
 from callora.store.bridge import Connection, Database
+
+if TYPE_CHECKING:
+    from callora.stellar.web_auth import WebAuth
 
 REFRESH_SECONDS: Final = 7 * 86_400
 """How long a refresh token may wait to be used, and a session lasts without being used."""
@@ -100,7 +103,7 @@ class Sessions:
         ids: Ids,
         random_bytes: Callable[[int], bytes],
         domain: str,
-        web_auth: WebAuth | None,
+        web_auth: "WebAuth | None",
         log: FilteringBoundLogger,
     ) -> None:
         """Args:

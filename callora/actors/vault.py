@@ -15,7 +15,7 @@ import trio
 
 from callora.actors.mailbox import Envelope
 from callora.actors.writer import LedgerStore, Stake, Writer
-from callora.ledger.commands import CloseHold, LockedCommand, PlaceHold, RoundCommand
+from callora.ledger.commands import CloseHold, Command, LockedCommand, PlaceHold, RoundCommand
 from callora.ledger.faults import CalloraFault, OutcomeUnknown, StoreConflict, StoreRefused, StoreUnavailable
 from callora.ledger.ids import EventId, VaultId
 from callora.ledger.money import Stroops
@@ -24,13 +24,10 @@ from callora.ledger.outcomes import (
     HoldNotOpen,
     HoldPlaced,
     IdempotencyKeyTaken,
-    InsufficientFunds,
-    PolicyRefused,
-    StandingRefused,
     VaultMissing,
 )
 from callora.ledger.rounds import Share
-from callora.ledger.vault import HoldPolicy, VaultState, apply_close, apply_hold, refuse_hold
+from callora.ledger.vault import Refusal, VaultState, apply_close, apply_hold, decide_hold
 
 LOSSES_BEFORE_LOCK = 2
 """A command that lost this many rounds is stored with the vault's row locked, where it cannot lose."""
@@ -41,14 +38,6 @@ CONFLICT_RETRIES_MAX = 3
 """A deadlock or serialisation failure rolled everything back, so repeating the command is safe."""
 
 T = TypeVar("T")
-
-Policies = Callable[[VaultId], Sequence[HoldPolicy]]
-"""Where plan quotas and spending limits join the decision; a vault with any is guarded by its version."""
-
-
-def no_policies(_: VaultId) -> Sequence[HoldPolicy]:
-    """Return no policy: the balance and the standing alone decide."""
-    return ()
 
 
 class VaultActor:
@@ -65,7 +54,6 @@ class VaultActor:
         "_inbox",
         "_outbox",
         "_placing",
-        "_policies",
         "_random",
         "_settled_event",
         "_staked",
@@ -84,7 +72,6 @@ class VaultActor:
         vault_id: VaultId,
         store: LedgerStore,
         writer: Writer,
-        policies: Sequence[HoldPolicy],
         random: Random,
         start: "Callable[[VaultActor], None]",
         state: VaultState | None,
@@ -96,7 +83,6 @@ class VaultActor:
         self.vault_id = vault_id
         self._store = store
         self._writer = writer
-        self._policies = policies
         self._random = random
         self._start = start
         self._outbox: trio.MemorySendChannel[Envelope | None] | None = None
@@ -249,15 +235,15 @@ class VaultActor:
                 if command.event_id in missed:
                     envelope.reply.resolve(IdempotencyKeyTaken())
                 else:
-                    envelope.reply.resolve(HoldPlaced(envelope.available))
+                    envelope.reply.resolve(HoldPlaced(envelope.available, envelope.credits))
                 self._repeat(followers)
             elif isinstance(command, CloseHold):
                 if command.event_id in missed:
                     envelope.look_up = True
                     self._repeat([envelope])
                 else:
-                    if self._policies and self.state is not None:
-                        apply_close(self.state, command.held_amount, command.amount)
+                    if share.guarded and self.state is not None:
+                        apply_close(self.state, command)
                     envelope.reply.resolve(HoldClosed(command.state, command.amount, envelope.available))
                 self._repeat(self._forget_closing(command))
 
@@ -339,11 +325,14 @@ class VaultActor:
         """Read the vault's state once every decision is stored; answer all who wait for it when that cannot be done."""
         await self._settle()
         try:
-            states = await self._store.load_vaults([self.vault_id])
+            found = (await self._store.load_vaults([self.vault_id])).get(self.vault_id)
+            credited = any(_is_credited(each.command) for each in (*self._hand, *self._doubted))
+            if found is not None and (found.limited or credited):
+                found = await self._store.load_guarded(found, self.state, credited=credited)
         except CalloraFault as fault:
             await self._refuse_for_now(fault)
             return False
-        self.state = states.get(self.vault_id)
+        self.state = found
         if self.state is None:
             for envelope in self._take_waiting():
                 if isinstance(envelope.command, PlaceHold):
@@ -382,14 +371,17 @@ class VaultActor:
                 self._repeat(self._forget_placing(command))
                 envelope.reply.resolve(IdempotencyKeyTaken())
                 return True
-            refusal = refuse_hold(state, command, self._policies)
-            if refusal is not None:
+            if command.unit_credits and state.quota is None:
+                return False
+            decided = decide_hold(state, command)
+            if not isinstance(decided, PlaceHold):
                 if final:
                     self._repeat(self._forget_placing(command))
-                    envelope.reply.resolve(refusal)
+                    envelope.reply.resolve(decided)
                 return final
-            self._stake(envelope).share.place(command)
-            apply_hold(state, command.amount)
+            self._stake(envelope).share.place(decided)
+            apply_hold(state, decided)
+            envelope.credits = decided.credits
             self._placing.add(command.event_id)
             if claim is not None:
                 self._claiming[claim.key] = command.event_id
@@ -401,12 +393,12 @@ class VaultActor:
         else:
             self._stake(envelope).share.close(command)
             self._closing.add(command.event_id)
-            if self._policies:
+            if state.guarded:
                 # A close may find nothing, and no guard of the round would undo what a policy allowed because of it: in
                 # a guarded vault money comes back when its close is stored.
                 envelope.available = Stroops(state.available + command.held_amount - command.amount)
                 return True
-            apply_close(state, command.held_amount, command.amount)
+            apply_close(state, command)
         envelope.available = state.available
         return True
 
@@ -420,7 +412,7 @@ class VaultActor:
 
     def _new_share(self) -> Share:
         assert self.state is not None
-        share = Share(self.vault_id, self.state.version, guarded=bool(self._policies))
+        share = Share(self.vault_id, self.state.version, guarded=self.state.guarded)
         self.state.version += 1
         return share
 
@@ -434,13 +426,15 @@ class VaultActor:
             self._retry_or_fail(envelope, fault)
             await self._pause()
             return
-        self.state = states.get(self.vault_id)
+        present = states.get(self.vault_id)
+        # One that is limited is of no use without what its limits count.
+        self.state = present if present is not None and not present.limited else None
         if event is not None and event.state == "held" and command.state != "expired":
             envelope.look_up = False
             self._again.append(envelope)
         elif event is not None and event.state == command.state and event.amount == command.amount:
-            assert self.state is not None, "a usage event has a vault"
-            envelope.reply.resolve(HoldClosed(command.state, command.amount, self.state.available))
+            assert present is not None, "a usage event has a vault"
+            envelope.reply.resolve(HoldClosed(command.state, command.amount, present.available))
         else:
             envelope.reply.resolve(HoldNotOpen(None if event is None or event.state == "held" else event.state))
 
@@ -448,22 +442,25 @@ class VaultActor:
         """Store one command that keeps losing, decided while the vault's row is locked."""
         await self._settle()
         self.state = None
-        refusals: list[InsufficientFunds | StandingRefused | PolicyRefused] = []
+        refusals: list[Refusal] = []
 
         def decide(state: VaultState) -> Share:
             refusals.clear()  # an attempt before this one may have been rolled back
             share = Share(self.vault_id, state.version, guarded=True)
             if isinstance(command, CloseHold):
                 share.close(command)
-            elif (refusal := refuse_hold(state, command, self._policies)) is not None:
-                refusals.append(refusal)
+            elif isinstance(decided := decide_hold(state, command), PlaceHold):
+                share.place(decided)
+                envelope.credits = decided.credits
             else:
-                share.place(command)
+                refusals.append(decided)
             envelope.available = Stroops(state.available + share.available_change)
             return share
 
         try:
-            share, result = await _past_conflicts(lambda: self._store.commit_locked_round(self.vault_id, decide))
+            share, result = await _past_conflicts(
+                lambda: self._store.commit_locked_round(self.vault_id, decide, credited=_is_credited(command))
+            )
         except CalloraFault as fault:
             self.failed(self._stake_alone(envelope), fault)
             return
@@ -556,6 +553,10 @@ class VaultActor:
 
     def _follow(self, event_id: EventId) -> Sequence[Envelope]:
         return self._followers.pop(event_id, ()) if self._followers else ()
+
+
+def _is_credited(command: Command) -> bool:
+    return isinstance(command, PlaceHold) and command.unit_credits > 0
 
 
 def _told(fault: CalloraFault) -> CalloraFault:

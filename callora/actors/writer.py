@@ -32,6 +32,16 @@ class LedgerStore(Protocol):
         """Return the stored state of each vault that exists."""
         ...
 
+    async def load_guarded(self, state: VaultState, known: VaultState | None, *, credited: bool) -> VaultState:
+        """Return a vault that is limited with its rules and what they count, its quota renewed where that is due.
+
+        Args:
+            state: the vault, read a moment ago.
+            known: the vault as its actor knew it, whose every decision is stored.
+            credited: whether something priced in credits is to be decided: then its quota is known.
+        """
+        ...
+
     async def find_event(self, vault_id: VaultId, event_id: EventId) -> EventFound | None:
         """Return a usage event as it stands, or None."""
         ...
@@ -41,9 +51,9 @@ class LedgerStore(Protocol):
         ...
 
     async def commit_locked_round(
-        self, vault_id: VaultId, decide: Callable[[VaultState], Share]
+        self, vault_id: VaultId, decide: Callable[[VaultState], Share], *, credited: bool
     ) -> tuple[Share, RoundResult]:
-        """Store one vault's share, decided with its row locked."""
+        """Store one vault's share, decided with its row locked; its quota is known where that is asked."""
         ...
 
     async def commit_locked(self, vault_id: VaultId, command: LockedCommand) -> object:

@@ -42,7 +42,8 @@ _TABLE: Final = (
         "SERVICE_UNAVAILABLE",
         503,
         "The service cannot take this request now",
-        "The service drains before a restart, a queue is full, or the database is down. Nothing was charged.",
+        "The service drains before a restart, a queue is full, or the database or the store of rate limits is away. "
+        "Nothing was charged.",
         _RETRY_SAME,
     ),
     Problem(
@@ -56,8 +57,9 @@ _TABLE: Final = (
         "REQUEST_BODY_TOO_LARGE",
         413,
         "The request body is too large",
-        "The body exceeds GATEWAY_BODY_LIMIT on /v1/call, or REQUEST_BODY_LIMIT elsewhere.",
-        "Send less, or ask the operator for a larger limit.",
+        "The body exceeds GATEWAY_BODY_LIMIT on /v1/call, or REQUEST_BODY_LIMIT elsewhere; or it is to be read for a "
+        "quantity or with an Idempotency-Key, and is longer than what is read.",
+        "Send less, split it, or ask the operator for a larger limit.",
     ),
     Problem(
         "REQUEST_HEADER_TOO_LARGE",
@@ -134,6 +136,13 @@ _TABLE: Final = (
         "The API key may not use this endpoint",
         "The key is narrowed to other endpoints of this API.",
         "Use a key for this endpoint.",
+    ),
+    Problem(
+        "PLAN_ENDPOINT_NOT_ALLOWED",
+        403,
+        "The plan does not include this API",
+        "The plan of the vault is for other APIs; details name those that it lacks.",
+        "Subscribe to a plan that includes it: GET /api/plans.",
     ),
     Problem(
         "SCOPE_REQUIRED",
@@ -232,6 +241,14 @@ _TABLE: Final = (
         "Deposit USDC, then retry with the same Idempotency-Key.",
     ),
     Problem(
+        "MAX_CHARGE_EXCEEDED",
+        402,
+        "The call costs more than its X-Callora-Max-Charge",
+        "What the call is known to cost at least is above what the caller allows; details give required and maxCharge. "
+        "Nothing was held.",
+        "Send less in one call, or a higher X-Callora-Max-Charge.",
+    ),
+    Problem(
         "QUOTA_EXHAUSTED",
         402,
         "The plan's quota is used up",
@@ -257,7 +274,38 @@ _TABLE: Final = (
         "HOLD_EXPIRED",
         409,
         "The hold has expired",
-        "The hold's time passed before it was captured; its amount was given back.",
+        "The hold's time passed before it was captured. Its amount was given back and could not be held again; "
+        "details say why.",
+        "Begin again with a new hold.",
+    ),
+    Problem(
+        "HOLD_NOT_FOUND",
+        404,
+        "No such hold",
+        "No hold has this id, or none is captured for this transaction.",
+        "Place it first; its requestId finds it again.",
+    ),
+    Problem(
+        "HOLD_AMOUNT_MISMATCH",
+        409,
+        "The amount is not the hold's",
+        "An exact capture of another amount than is held, or of a transaction that was captured for another; "
+        "details give stored and given.",
+        "Capture what is held, or say `partial`.",
+    ),
+    Problem(
+        "HOLD_ALREADY_CAPTURED",
+        409,
+        "The hold is captured",
+        "It was captured for the transaction that details name, and is neither captured for another nor extended nor "
+        "released.",
+        "Refund it by its transaction.",
+    ),
+    Problem(
+        "HOLD_RELEASED",
+        409,
+        "The hold was released",
+        "It was released, perhaps before it was placed; nothing is placed or captured under its name any more.",
         "Begin again with a new hold.",
     ),
     # The call itself
@@ -402,6 +450,63 @@ _TABLE: Final = (
         "You have no vault on this network.",
         "Create one: POST /api/vault.",
     ),
+    Problem("PLAN_NOT_FOUND", 404, "No such plan", "No active plan has this id.", "List them: GET /api/plans."),
+    Problem(
+        "SUBSCRIPTION_NOT_FOUND",
+        404,
+        "No such subscription",
+        "No subscription of yours has this id.",
+        "List them: GET /api/subscriptions.",
+    ),
+    Problem(
+        "QUOTA_REQUEST_NOT_FOUND", 404, "No such request", "No request for credits has this id.", "List the requests."
+    ),
+    Problem(
+        "INVALID_WEBHOOK_REGISTRATION",
+        400,
+        "The webhook cannot be registered so",
+        "A secret is given, or a developerId that is not your own.",
+        "Leave both out.",
+    ),
+    Problem(
+        "INVALID_WEBHOOK_EVENT_TYPES",
+        400,
+        "Some of these events are not told",
+        "No event is named, or one that does not exist.",
+        "Name some of details.known.",
+    ),
+    Problem(
+        "INVALID_WEBHOOK_URL",
+        400,
+        "Nothing is sent to this URL",
+        "The URL is malformed, or no https URL in production, or its host cannot be resolved or leads to a private "
+        "address.",
+        "Give a public https URL without user name and fragment.",
+    ),
+    Problem(
+        "INVALID_RETRY_POLICY",
+        400,
+        "maxRetries must be 0 to 10, baseDelayMs 100 to 60000",
+        "A number of the retry policy is out of its bounds.",
+        "Keep within them.",
+    ),
+    Problem(
+        "TOO_MANY_WEBHOOKS",
+        409,
+        "You have as many webhooks as anyone may",
+        "You have 20 endpoints.",
+        "Delete one, or have one hear of more events.",
+    ),
+    Problem(
+        "WEBHOOK_NOT_FOUND", 404, "No such webhook", "No webhook of yours has this id.", "List them: GET /api/webhooks."
+    ),
+    Problem(
+        "WEBHOOK_DELIVERY_NOT_FOUND",
+        404,
+        "No such delivery",
+        "No delivery to a webhook of yours has this id, or it is past its retention.",
+        "List them: GET /api/webhooks/{webhookId}/deliveries.",
+    ),
     Problem(
         "BILLING_REQUEST_NOT_FOUND",
         404,
@@ -416,12 +521,188 @@ _TABLE: Final = (
         "Refunds of a usage event never exceed what was captured for it; details give what is refundable.",
         "Refund at most that.",
     ),
+    # Deposits and withdrawals
+    Problem("MISSING_AMOUNT", 400, "amount_usdc is required", "amount_usdc is missing or empty.", "Send an amount."),
+    Problem(
+        "INVALID_AMOUNT_TYPE",
+        400,
+        "amount_usdc must be a string",
+        "amount_usdc is a number or something else than a text.",
+        "Send the amount as a decimal string.",
+    ),
+    Problem(
+        "INVALID_AMOUNT_FORMAT",
+        400,
+        "amount_usdc must be a decimal with 1 to 7 places, more than 0 and at most 1000000000",
+        "amount_usdc is no such decimal.",
+        "Send an amount such as 25.0000000.",
+    ),
+    Problem("INVALID_NETWORK", 400, "No such network", "network is neither testnet nor mainnet.", "Leave it out."),
+    Problem(
+        "NETWORK_MISMATCH",
+        400,
+        "The service is on another network",
+        "network is not the one that the service is configured for; the message names that.",
+        "Leave network out, or use the service of that network.",
+    ),
+    Problem(
+        "INVALID_SOURCE_ACCOUNT",
+        400,
+        "The account's address is not valid",
+        "It is no address of an account with a right checksum, is another user's wallet, or is missing where you "
+        "logged in without a wallet.",
+        "Send the address of a wallet of yours (G…).",
+    ),
+    Problem(
+        "SOURCE_ACCOUNT_NOT_FOUND",
+        400,
+        "The account does not exist on the network",
+        "The network knows no account of this address.",
+        "Fund the account first.",
+    ),
+    Problem(
+        "WALLET_BALANCE_INSUFFICIENT",
+        409,
+        "The wallet does not have the amount",
+        "The account has less USDC than the deposit, or no trustline; details give required and available.",
+        "Deposit less, or fund the wallet.",
+    ),
+    Problem(
+        "DEPOSITOR_NOT_ADMITTED",
+        409,
+        "The address waits to be admitted",
+        "The vault contract takes deposits of addresses that its owner admitted, and an operator has yet to do so.",
+        "Ask again after Retry-After seconds.",
+    ),
+    Problem(
+        "DEPOSITOR_BEING_ADMITTED",
+        503,
+        "The address is being admitted",
+        "The vault contract's owner is admitting the address; that takes a few ledgers.",
+        "Ask again after Retry-After seconds.",
+    ),
+    Problem(
+        "DEPOSITOR_REFUSED",
+        403,
+        "Deposits of this address are refused",
+        "The operator refused the address; details say why, where he said so.",
+        "Ask the operator.",
+    ),
+    Problem(
+        "TOO_MANY_DEPOSITORS",
+        409,
+        "You have asked for too many addresses",
+        "A user may have a few addresses admitted: each makes the contract's calls dearer.",
+        "Deposit from an address that is admitted.",
+    ),
+    Problem(
+        "TOO_MANY_OPEN_DEPOSITS",
+        429,
+        "Too many deposits are under way",
+        "Prepared deposits that are neither confirmed nor expired are limited for each vault.",
+        "Finish one, or ask again after Retry-After seconds.",
+    ),
+    Problem(
+        "SIMULATION_FAILED",
+        502,
+        "The contract would not take the transaction",
+        "The network simulated the deposit or withdrawal and the contract refused it; details name the contract's "
+        "rule, such as Paused, BelowMinDeposit or DailyWithdrawCapExceeded.",
+        "Correct what the rule names, or ask the operator.",
+    ),
+    Problem(
+        "INVALID_SIGNED_TRANSACTION",
+        400,
+        "The signed transaction is not valid",
+        "It cannot be read, is not the one that was prepared, is not signed, or a signature is wrong; the message says "
+        "which.",
+        "Sign exactly the XDR that was prepared, with the account's key.",
+    ),
+    Problem(
+        "DEPOSIT_NOT_FOUND",
+        404,
+        "No such deposit",
+        "No deposit of yours has this hash.",
+        "List them: GET /api/vault/deposits.",
+    ),
+    Problem(
+        "DEPOSIT_EXPIRED",
+        409,
+        "The prepared deposit has expired",
+        "It was not sent within its time.",
+        "Prepare another.",
+    ),
+    Problem(
+        "WALLET_NOT_PROVED",
+        409,
+        "You have not proved to hold this wallet",
+        "Suspense is claimed by, and withdrawals go to, the wallet that you logged in with, and no other.",
+        "Log in with the wallet.",
+    ),
+    Problem(
+        "TRUSTLINE_MISSING",
+        409,
+        "The wallet cannot receive USDC",
+        "The account does not exist, or has no trustline for USDC.",
+        "Add the trustline in the wallet, then ask again.",
+    ),
+    Problem(
+        "TOO_MANY_OPEN_WITHDRAWALS",
+        409,
+        "Too many withdrawals are under way",
+        "Withdrawals that are neither confirmed nor failed are limited for each vault, and for each developer.",
+        "Wait for one to end.",
+    ),
+    Problem(
+        "WITHDRAWAL_NOT_FOUND",
+        404,
+        "No such withdrawal",
+        "No withdrawal of yours has this id.",
+        "List them: GET /api/vault/withdrawals.",
+    ),
+    Problem(
+        "WITHDRAWAL_EXPIRED",
+        409,
+        "The prepared withdrawal has expired",
+        "It was not sent within its time.",
+        "Prepare another.",
+    ),
+    Problem(
+        "DEVELOPER_BALANCE_INSUFFICIENT",
+        409,
+        "The settlement contract owes you less",
+        "You were credited less than you want to withdraw, or nothing; details give required and available.",
+        "Withdraw less, or wait for the next settlement: GET /api/developers/revenue.",
+    ),
+    Problem(
+        "SETTLEMENT_NOT_FOUND",
+        404,
+        "No such settlement",
+        "No settlement of yours has this id.",
+        "List them: GET /api/developers/settlements.",
+    ),
+    Problem(
+        "CHAIN_HALTED",
+        503,
+        "Deposits and withdrawals are stopped",
+        "What the network shows does not fit what was seen before, and an operator has to look. Balances are as they "
+        "were.",
+        "Ask the operator; calls that are paid from a balance go on.",
+    ),
     Problem(
         "COMPONENT_NOT_CONFIGURED",
         503,
         "This part is not configured",
         "The operator has not set what the route needs; the message names it.",
         "Ask the operator.",
+    ),
+    Problem(
+        "NETWORK_UNAVAILABLE",
+        503,
+        "The Stellar network cannot be reached",
+        "No node of the chain answers, or what answers is not what the operator configured. Nothing was sent. Calls "
+        "that are paid from a balance go on.",
+        "Repeat the request after Retry-After seconds; without that field, ask the operator.",
     ),
     Problem(
         "INTERNAL_SERVER_ERROR",

@@ -11,6 +11,7 @@ DeveloperId = NewType("DeveloperId", str)
 ApiKeyId = NewType("ApiKeyId", str)
 TokenId = NewType("TokenId", str)
 EventId = NewType("EventId", str)
+HoldId = NewType("HoldId", str)
 ApiId = NewType("ApiId", int)
 EndpointId = NewType("EndpointId", int)
 

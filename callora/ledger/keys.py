@@ -66,5 +66,14 @@ class KeyRecord:
     revoked_at: datetime | None
     standing: Standing
     """The standing of the key's vault."""
+    plan_apis: frozenset[ApiId] | None = None
+    """What the plan of the key's vault gives access to."""
     budget: TokenId | None = None
     """The access token that was presented for the key, where it has a budget that calls are taken from."""
+
+    @property
+    def usable_apis(self) -> frozenset[ApiId] | None:
+        """What both the key and its plan allow."""
+        if self.allowed_apis is None or self.plan_apis is None:
+            return self.plan_apis if self.allowed_apis is None else self.allowed_apis
+        return self.allowed_apis & self.plan_apis

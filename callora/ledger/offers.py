@@ -15,6 +15,7 @@ import attrs
 
 from callora.ledger.money import Stroops
 from callora.ledger.pricing import Price
+from callora.ledger.rating import RateCard
 
 Status = Literal["draft", "active", "paused", "archived"]
 Move = Literal["publish", "pause", "resume", "archive"]
@@ -55,8 +56,13 @@ class DatedPrice:
     """A price from a date on."""
 
     amount: Stroops
+    """Of one unit."""
     effective_from: datetime | None
     """None is at once."""
+    card: RateCard | None = None
+    """What a unit is; None where it is a call, at no credits."""
+    card_kept: bool = False
+    """Whether the unit is to be what it is by then already."""
 
 
 @attrs.frozen
@@ -207,6 +213,12 @@ def check_endpoints(offered: Sequence[EndpointOffer], present: Sequence[tuple[st
             wrong.append(Wrong(place, f"covers the same calls as {method} {path}, which the API has", "DUPLICATE"))
         elif first is None:
             seen[mark] = (method, path, number)
+        wrong += [
+            Wrong((*place, "rate_card"), message, "INVALID_VALUE")
+            for price in endpoint.prices
+            if price.card is not None
+            for message in price.card.wrong(price.amount)
+        ]
     return wrong
 
 
@@ -234,10 +246,20 @@ def new_versions(
         at = now if each.effective_from is None else max(each.effective_from, now)
         earlier = [price for price in known if price.effective_from <= at]
         there = max(earlier, key=lambda price: (price.effective_from, price.version), default=None)
-        if there is None or there.amount != each.amount or at > max(there.effective_from, now):
+        card = there.card if there is not None and each.card_kept else each.card
+        said = there is not None and (there.amount, there.card) == (each.amount, card)
+        if there is None or not said or at > max(there.effective_from, now):
             last_version += 1
-            known.append(Price(last_version, each.amount, at))
+            known.append(Price(last_version, each.amount, at, card))
     return tuple(known[len(present) :])
+
+
+def wrong_versions(
+    present: Sequence[Price], last_version: int, offered: Sequence[DatedPrice], now: datetime
+) -> list[str]:
+    """Return what does not fit together in the versions that `new_versions` makes: a unit that is kept, a new price."""
+    versions = new_versions(present, last_version, offered, now)
+    return [message for each in versions if each.card is not None for message in each.card.wrong(each.amount)]
 
 
 # --- header fields ----------------------------------------------------------------------------------------------------

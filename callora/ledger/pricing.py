@@ -15,6 +15,7 @@ import attrs
 
 from callora.ledger.ids import ApiId, DeveloperId, EndpointId
 from callora.ledger.money import Stroops
+from callora.ledger.rating import RateCard
 
 _DOT_SEGMENT: Final = re.compile(rb"(?:^|[/\\])\.{1,2}(?:[/\\;]|$)")
 _KNOWN_MAX: Final = 4096
@@ -32,7 +33,10 @@ class Price:
 
     version: int
     amount: Stroops
+    """Of one unit."""
     effective_from: datetime
+    card: RateCard | None = None
+    """What a unit is; None where it is a call, at no credits."""
 
 
 @attrs.frozen(slots=True, eq=False)

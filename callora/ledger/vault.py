@@ -9,10 +9,11 @@ from typing import Literal, Protocol
 
 import attrs
 
-from callora.ledger.commands import PlaceHold
+from callora.ledger.commands import CloseHold, PlaceHold
 from callora.ledger.ids import VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import InsufficientFunds, PolicyRefused, StandingRefused
+from callora.ledger.quota import Quota
 
 Standing = Literal["active", "arrears", "suspended"]
 
@@ -29,47 +30,94 @@ class VaultState:
     version: int
     """Grows by one with each round that changes the vault."""
     standing: Standing
+    owed: Stroops = Stroops(0)
+    """What counters charged beyond the balance; stroops, >= 0. Never part of a decision: right where the vault was read
+    for one that is told."""
+    limited: bool = False
+    """Whether rules beside the balance are stored for the vault: they are to be read before a hold is decided."""
+    policies: "Sequence[HoldPolicy]" = ()
+    """Those rules, with what they counted when they were read and since."""
+    credits: int = 0
+    """Left of its quota grants and not held, >= 0; right where `quota` is known."""
+    quota: Quota | None = None
+    """None until something is asked for that is priced in credits, or a grant is stored."""
 
     @property
     def posted(self) -> Stroops:
-        """The balance the ledger's entries add up to."""
-        return Stroops(self.available + self.held)
+        """The balance the ledger's entries and charges add up to; below 0 where the vault owes more than it holds."""
+        return Stroops(self.available + self.held - self.owed)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether its round must find the very version that was decided on."""
+        return bool(self.policies) or self.quota is not None
 
 
 class HoldPolicy(Protocol):
-    """A rule beside the balance that joins the decision on a hold: plan quotas, spending limits.
+    """A rule beside the balance that joins the decision on a hold, such as spending limits.
 
     A vault with any policy is guarded: its round demands that the stored version is the one decided on, so a policy may
-    rely on what it read with that version.
+    rely on what it read with that version. It is read with the vault, and forgotten with it.
     """
 
-    def refuse(self, state: VaultState, command: PlaceHold) -> PolicyRefused | None:
+    def refuse(self, command: PlaceHold) -> PolicyRefused | None:
         """Return why the hold may not be placed, or None."""
         ...
 
+    def place(self, command: PlaceHold) -> None:
+        """Count a hold that is decided."""
+        ...
 
-def refuse_hold(
-    state: VaultState, command: PlaceHold, policies: Sequence[HoldPolicy] = ()
-) -> InsufficientFunds | StandingRefused | PolicyRefused | None:
-    """Return why a hold may not be placed on this state, or None; standing first, then policies, then balance."""
+    def close(self, command: CloseHold) -> None:
+        """Count the end of a hold, which is stored."""
+        ...
+
+
+Refusal = InsufficientFunds | StandingRefused | PolicyRefused
+
+
+def decide_hold(state: VaultState, command: PlaceHold) -> PlaceHold | Refusal:
+    """Return the hold as it may be placed on this state, or why it may not.
+
+    Standing first, then the quota, which pays in credits what it can, then the balance for the rest, then policies.
+
+    Args:
+        state: its quota is known where the command is priced in credits.
+    """
     if state.standing != "active":
-        return StandingRefused(state.standing)
-    for policy in policies:
-        refusal = policy.refuse(state, command)
-        if refusal is not None:
-            return refusal
+        return StandingRefused(state.standing, state.owed)
+    if command.unit_credits:
+        assert state.quota is not None, "what is priced in credits is decided with the quota"
+        decided = state.quota.decide(command, state.credits)
+        if not isinstance(decided, PlaceHold):
+            return decided
+        command = decided
     if command.amount > state.available:
         return InsufficientFunds(command.amount, state.available)
-    return None
+    for policy in state.policies:
+        refusal = policy.refuse(command)
+        if refusal is not None:
+            return refusal
+    return command
 
 
-def apply_hold(state: VaultState, amount: Stroops) -> None:
-    """Move `amount` from available to held; 0 <= amount <= state.available."""
-    state.available = Stroops(state.available - amount)
-    state.held = Stroops(state.held + amount)
+def apply_hold(state: VaultState, command: PlaceHold) -> None:
+    """Move what a decided hold takes from available to held; 0 <= amount <= state.available."""
+    state.available = Stroops(state.available - command.amount)
+    state.held = Stroops(state.held + command.amount)
+    if state.quota is not None:
+        state.credits -= command.credits
+        state.quota.place(command)
+    for policy in state.policies:
+        policy.place(command)
 
 
-def apply_close(state: VaultState, held_amount: Stroops, amount: Stroops) -> None:
-    """End a hold of `held_amount`, spending `amount` of it and giving the rest back; 0 <= amount <= held_amount."""
-    state.available = Stroops(state.available + held_amount - amount)
-    state.held = Stroops(state.held - held_amount)
+def apply_close(state: VaultState, command: CloseHold) -> None:
+    """End a hold, spending some of it and giving the rest back; 0 <= amount <= held_amount."""
+    state.available = Stroops(state.available + command.held_amount - command.amount)
+    state.held = Stroops(state.held - command.held_amount)
+    if state.quota is not None:
+        state.credits += command.held_credits - command.credits
+        state.quota.close(command)
+    for policy in state.policies:
+        policy.close(command)

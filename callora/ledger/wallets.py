@@ -1,4 +1,5 @@
-"""How Stellar writes keys: addresses (`G…`) and seeds (`S…`). Form only; what they sign is not known here.
+"""How Stellar writes keys: addresses (`G…`), seeds (`S…`) and contracts (`C…`). Form only; what they sign is not known
+here.
 
 Source: SEP-23, strkey: a version byte, 32 bytes and their CRC-16, in base32.
 """
@@ -12,7 +13,8 @@ ADDRESS_PATTERN: Final = "^G[A-Z2-7]{55}$"
 KEY_BYTES: Final = 32
 _ADDRESS_VERSION: Final = 6 << 3
 _SEED_VERSION: Final = 18 << 3
-_TEXT: Final = re.compile(r"[GS][A-Z2-7]{55}", re.ASCII)
+_CONTRACT_VERSION: Final = 2 << 3
+_TEXT: Final = re.compile(r"[CGS][A-Z2-7]{55}", re.ASCII)
 
 
 def is_address(text: str) -> bool:
@@ -23,6 +25,21 @@ def is_address(text: str) -> bool:
 def is_seed(text: str) -> bool:
     """Tell whether this is a secret seed: well-formed, with the right checksum."""
     return _version(text) == _SEED_VERSION
+
+
+def is_contract(text: str) -> bool:
+    """Tell whether this is the address of a contract: well-formed, with the right checksum."""
+    return _version(text) == _CONTRACT_VERSION
+
+
+def public_key(address: str) -> bytes:
+    """Return the ed25519 key of an address, 32 bytes.
+
+    Args:
+        address: for which `is_address` holds.
+    """
+    assert is_address(address)
+    return base64.b32decode(address)[1:-2]
 
 
 def make_seed(random_bytes: bytes) -> str:

@@ -1,51 +1,19 @@
-"""Proofs that someone holds a wallet: SEP-10 challenge transactions and SEP-53 signed messages.
+"""SEP-10: challenge transactions, made and verified through stellar-sdk. Loaded where a signing seed is configured."""
 
-Both prove that the account's master key signed, and no more. The account itself is not looked up, so signers that were
-added to it cannot log in, and a master key whose weight was taken away still can: docs/decisions, "Logging in with a
-wallet". Everything is computed at once, in a few milliseconds at most, without I/O.
-"""
-
-import base64
-import binascii
-import re
 from datetime import UTC, datetime, timedelta
-from typing import Final, Literal
+from typing import Final
 
 import attrs
-from stellar_sdk import Keypair, ManageData, Network
-from stellar_sdk.exceptions import BadSignatureError, SdkError
+from stellar_sdk import Keypair, ManageData
+from stellar_sdk.exceptions import SdkError
 from stellar_sdk.sep import stellar_web_authentication as sep10
+
+from callora.stellar.proofs import Proof, ProofRefused
 
 CHALLENGE_SECONDS: Final = 900
 """How long a SEP-10 challenge is good for; the standard's own number."""
 HOME_DOMAIN_CHARS_MAX: Final = 59
 """With " auth" behind it the name of a data entry, of which Stellar allows 64 bytes."""
-_PASSPHRASES: Final = {
-    "testnet": Network.TESTNET_NETWORK_PASSPHRASE,
-    "mainnet": Network.PUBLIC_NETWORK_PASSPHRASE,
-}
-_SIGNATURE_BYTES: Final = 64
-_HEX: Final = re.compile(r"[0-9a-fA-F]{128}", re.ASCII)
-
-
-@attrs.frozen
-class Proof:
-    """A challenge that its wallet has signed."""
-
-    address: str
-    """The wallet, `G…`."""
-    challenge_hash: bytes
-    """The transaction's own hash, 32 bytes: the same however it was encoded and whatever signatures it carries."""
-    expires_at: datetime
-    """From when on the challenge proves nothing any more."""
-
-
-@attrs.frozen
-class ProofRefused:
-    """The transaction proves nothing."""
-
-    reason: str
-    """What is wrong with it, for the client."""
 
 
 @attrs.frozen
@@ -58,15 +26,16 @@ class WebAuth:
     network_passphrase: str
 
     @classmethod
-    def make(cls, seed: str, home_domain: str, network: Literal["testnet", "mainnet"]) -> "WebAuth":
+    def make(cls, seed: str, home_domain: str, network_passphrase: str) -> "WebAuth":
         """Return the server of a domain.
 
         Args:
             seed: `S…`, well-formed; it signs challenges and must sign nothing else.
             home_domain: at most HOME_DOMAIN_CHARS_MAX characters.
+            network_passphrase: of the network that wallets log in on; it is part of what they sign.
         """
         assert len(home_domain) <= HOME_DOMAIN_CHARS_MAX
-        return cls(Keypair.from_secret(seed), home_domain, _PASSPHRASES[network])
+        return cls(Keypair.from_secret(seed), home_domain, network_passphrase)
 
     @property
     def signing_key(self) -> str:
@@ -126,20 +95,3 @@ class WebAuth:
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _SECONDS_MAX: Final = 250_000_000_000
 """About the year 9892: what a datetime holds."""
-
-
-def signed_message(address: str, message: str, signature: str) -> bool:
-    """Tell whether the wallet signed the message, by SEP-53: its prefix and the text in UTF-8, SHA-256, ed25519.
-
-    Args:
-        address: `G…`, with a right checksum.
-        signature: 64 bytes in base64, as wallets give it, or in hexadecimal digits.
-    """
-    try:
-        raw = bytes.fromhex(signature) if _HEX.fullmatch(signature) else base64.b64decode(signature, validate=True)
-        if len(raw) != _SIGNATURE_BYTES:
-            return False
-        Keypair.from_public_key(address).verify_message(message, raw)
-    except (BadSignatureError, binascii.Error, ValueError):  # ValueError: not ASCII, or an address that is no key
-        return False
-    return True

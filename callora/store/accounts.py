@@ -13,11 +13,17 @@ import attrs
 from callora.ledger.ids import ApiId, DeveloperId, UserId, VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.offers import DatedPrice, EndpointOffer
+from callora.ledger.rating import RateCard
 from callora.store import apis
 from callora.store.bridge import Database
 
 _ADD_USER: Final = """
 INSERT INTO users (user_id, name, created_at) VALUES ($1, $2, $3) ON CONFLICT (user_id) DO NOTHING
+"""
+
+_GIVE_WALLET: Final = """
+UPDATE users SET wallet_address = $2 WHERE user_id = $1 AND wallet_address IS NULL
+    AND NOT EXISTS (SELECT FROM users WHERE wallet_address = $2)
 """
 
 _FIND_USER: Final = "SELECT user_id FROM users WHERE name = $1 ORDER BY created_at, user_id LIMIT 1"
@@ -61,11 +67,18 @@ class PricedEndpoint:
     method: str
     path: str
     amount: Stroops
+    """Of one unit."""
+    card: RateCard | None = None
 
 
 async def add_user(database: Database, user_id: UserId, name: str, now: datetime) -> None:
     """Store a user."""
     await database.execute(_ADD_USER, user_id, name, now)
+
+
+async def give_wallet(database: Database, user_id: UserId, address: str) -> None:
+    """Let a user be known by a wallet, unless he is known by one."""
+    await database.execute(_GIVE_WALLET, user_id, address)
 
 
 async def find_user(database: Database, name: str) -> UserId | None:
@@ -115,7 +128,7 @@ async def ensure_api(
     now: datetime,
 ) -> ApiId:
     """Return the API of this slug, with this base URL, these endpoints and these prices."""
-    offers = [EndpointOffer(each.method, each.path, (DatedPrice(each.amount, None),)) for each in endpoints]
+    offers = [EndpointOffer(each.method, each.path, (DatedPrice(each.amount, None, each.card),)) for each in endpoints]
     async with database.transaction() as connection:
         await connection.execute(_ADD_API, developer_id, slug, name, base_url, now)
         api_id = ApiId(await connection.fetch_value(_LOCK_API, slug))

@@ -12,10 +12,11 @@ from typing import Any, Final
 import attrs
 
 from callora.ledger.ids import ApiId, DeveloperId, EndpointId, UserId
-from callora.ledger.money import Stroops
 from callora.ledger.offers import PRICE_VERSIONS_MAX, ApiOffer, ApiRef, EndpointOffer, Status, new_versions
 from callora.ledger.pricing import Price
+from callora.ledger.rating import card_values
 from callora.store.bridge import Connection, Database, Row
+from callora.store.reads.gateway import price_of
 
 _ADD: Final = """
 INSERT INTO apis (developer_id, slug, name, base_url, status, upstream_headers, description, category, tags, logo_url,
@@ -53,9 +54,10 @@ _RESTORE: Final = "UPDATE apis SET deleted_at = NULL WHERE slug = $1 OR api_id =
 # Of an endpoint's versions, those that are in effect or ahead.
 _PRESENT: Final = """
 SELECT e.endpoint_id, e.method, e.path, e.description, e.billable_statuses, e.required_scope, e.retired_at,
-       p.version, p.amount, p.effective_from, coalesce(p.last_version, 0) AS last_version
+       p.*, coalesce(p.newest, 0) AS last_version
 FROM api_endpoints e LEFT JOIN LATERAL (
-    SELECT v.version, v.amount, v.effective_from, max(v.version) OVER () AS last_version,
+    SELECT v.version, v.amount, v.effective_from, v.unit, v.unit_credits, v.min_units, v.held_units, v.max_units,
+           v.quantity_from, max(v.version) OVER () AS newest,
            lead(v.effective_from) OVER (ORDER BY v.effective_from, v.version) AS replaced_at
     FROM endpoint_prices v WHERE v.endpoint_id = e.endpoint_id) AS p ON p.replaced_at IS NULL OR p.replaced_at > $2
 WHERE e.api_id = $1
@@ -75,8 +77,10 @@ RETURNING endpoint_id, method, path
 """
 
 _ADD_PRICES: Final = """
-INSERT INTO endpoint_prices (endpoint_id, version, amount, effective_from)
-SELECT * FROM unnest($1::bigint[], $2::int[], $3::bigint[], $4::timestamptz[])
+INSERT INTO endpoint_prices (endpoint_id, version, amount, effective_from, unit, unit_credits, min_units, held_units,
+                             max_units, quantity_from)
+SELECT * FROM unnest($1::bigint[], $2::int[], $3::bigint[], $4::timestamptz[], $5::text[], $6::bigint[], $7::bigint[],
+                     $8::bigint[], $9::bigint[], $10::text[])
 """
 
 _CHANGE_ENDPOINT: Final = """
@@ -222,11 +226,7 @@ def _present(rows: Sequence[Row]) -> PresentEndpoint:
         billable_statuses=first["billable_statuses"],
         required_scope=first["required_scope"],
         retired=first["retired_at"] is not None,
-        prices=tuple(
-            Price(row["version"], Stroops(row["amount"]), row["effective_from"])
-            for row in rows
-            if row["version"] is not None
-        ),
+        prices=tuple(price_of(row) for row in rows if row["version"] is not None),
         last_version=first["last_version"],
     )
 
@@ -284,13 +284,15 @@ async def add_prices(
     Raises:
         TooManyVersions.
     """
-    made: list[tuple[int, int, int, datetime]] = []
+    made: list[tuple[object, ...]] = []
     for endpoint_id, found, offer in offers:
         present, last = (found.prices, found.last_version) if found is not None else ((), 0)
         versions = new_versions(present, last, offer.prices, now)
         if versions and versions[-1].version > PRICE_VERSIONS_MAX:
             raise TooManyVersions
-        made += ((endpoint_id, each.version, each.amount, each.effective_from) for each in versions)
+        made += (
+            (endpoint_id, each.version, each.amount, each.effective_from, *card_values(each.card)) for each in versions
+        )
     if made:
         await connection.execute(_ADD_PRICES, *(list(column) for column in zip(*made, strict=True)))
 

@@ -1,6 +1,6 @@
 """API keys: make, change, regenerate, revoke, list, note their use."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from ipaddress import IPv4Network, IPv6Network
 from typing import Final
@@ -9,14 +9,16 @@ import attrs
 
 from callora.ledger.ids import ApiId, ApiKeyId, EndpointId, UserId, VaultId
 from callora.ledger.keys import PREFIX_CHARS, hash_key
-from callora.store.bridge import Database, Row
+from callora.store.bridge import Connection, Database, Row
+from callora.store.outbox import Event, add_events, iso
 
 Network = IPv4Network | IPv6Network
 
 _ADD: Final = """
 INSERT INTO api_keys (api_key_id, user_id, vault_id, name, prefix, key_hash, last4, scopes, rate_limit_per_minute,
-                      expires_at, created_at, description, allowed_apis, allowed_endpoints, allowed_cidrs)
-SELECT $1, user_id, vault_id, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14 FROM vaults
+                      expires_at, created_at, description, allowed_apis, allowed_endpoints, allowed_cidrs,
+                      monthly_credit_cap)
+SELECT $1, user_id, vault_id, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15 FROM vaults
 WHERE vault_id = $2 AND network = CASE WHEN $4 LIKE 'ck_live_%' THEN 'mainnet' ELSE 'testnet' END
 RETURNING api_key_id
 """
@@ -31,7 +33,8 @@ UPDATE api_keys SET
     allowed_cidrs = CASE WHEN 'allowed_networks' = ANY ($3) THEN $9::cidr[] ELSE allowed_cidrs END,
     rate_limit_per_minute = CASE WHEN 'rate_limit_per_minute' = ANY ($3) THEN $10 ELSE rate_limit_per_minute END,
     disabled = CASE WHEN 'disabled' = ANY ($3) THEN $11 ELSE disabled END,
-    expires_at = CASE WHEN 'expires_at' = ANY ($3) THEN $12::timestamptz ELSE expires_at END
+    expires_at = CASE WHEN 'expires_at' = ANY ($3) THEN $12::timestamptz ELSE expires_at END,
+    monthly_credit_cap = CASE WHEN 'monthly_credit_cap' = ANY ($3) THEN $13 ELSE monthly_credit_cap END
 WHERE api_key_id = $1 AND ($2::uuid IS NULL OR user_id = $2) AND revoked_at IS NULL
 RETURNING api_key_id
 """
@@ -55,15 +58,22 @@ SELECT api_key_id FROM renewed
 """
 
 _REVOKE_ONE: Final = """
-UPDATE api_keys SET revoked_at = coalesce(revoked_at, $3)
-WHERE api_key_id = $1 AND ($2::uuid IS NULL OR user_id = $2)
-RETURNING api_key_id
+UPDATE api_keys SET revoked_at = $3
+WHERE api_key_id = $1 AND ($2::uuid IS NULL OR user_id = $2) AND revoked_at IS NULL
+RETURNING api_key_id, user_id, vault_id, name, prefix
 """
 
 _REVOKE: Final = """
-UPDATE api_keys SET revoked_at = coalesce(revoked_at, $2)
-WHERE api_key_id::text = $1 OR prefix = $1 OR previous_prefix = $1
-RETURNING api_key_id, prefix
+UPDATE api_keys SET revoked_at = $2
+WHERE (api_key_id::text = $1 OR prefix = $1 OR previous_prefix = $1) AND revoked_at IS NULL
+RETURNING api_key_id, user_id, vault_id, name, prefix
+"""
+
+_EXISTS: Final = "SELECT true FROM api_keys WHERE api_key_id = $1 AND ($2::uuid IS NULL OR user_id = $2)"
+
+_NAMED: Final = """
+SELECT api_key_id, prefix FROM api_keys WHERE api_key_id::text = $1 OR prefix = $1 OR previous_prefix = $1
+ORDER BY api_key_id
 """
 
 _LIST: Final = """
@@ -94,6 +104,7 @@ class KeyChange:
     rate_limit_per_minute: int | None = None
     disabled: bool | None = None
     expires_at: datetime | None = None
+    monthly_credit_cap: int | None = None
 
 
 async def add_key(
@@ -111,6 +122,7 @@ async def add_key(
     allowed_apis: Sequence[ApiId] | None = None,
     allowed_endpoints: Sequence[EndpointId] | None = None,
     allowed_networks: Sequence[Network] | None = None,
+    monthly_credit_cap: int | None = None,
 ) -> bool:
     """Store a key's prefix and hash; return False when the vault does not exist or is on the other network."""
     added = await database.fetch_value(
@@ -129,6 +141,7 @@ async def add_key(
         allowed_apis,
         allowed_endpoints,
         allowed_networks,
+        monthly_credit_cap,
     )
     return added is not None
 
@@ -153,6 +166,7 @@ async def change_key(database: Database, api_key_id: ApiKeyId, user_id: UserId |
         change.rate_limit_per_minute,
         change.disabled,
         change.expires_at,
+        change.monthly_credit_cap,
     )
     return changed is not None
 
@@ -172,18 +186,51 @@ async def regenerate_key(
     return renewed is not None
 
 
-async def revoke_key(database: Database, api_key_id: ApiKeyId, user_id: UserId | None, now: datetime) -> bool:
-    """Revoke a key, for good; False when there is none. Repeated, it keeps its first date.
+async def revoke_key(
+    database: Database, api_key_id: ApiKeyId, user_id: UserId | None, now: datetime, new_id: Callable[[], str]
+) -> bool:
+    """Revoke a key, for good, and tell its owner; False when there is none. Repeated, it changes and tells nothing.
 
     Args:
         user_id: whose key it must be; None for anybody's.
+        new_id: makes the id of what is told.
     """
-    return await database.fetch_value(_REVOKE_ONE, api_key_id, user_id, now) is not None
+    async with database.transaction() as connection:
+        await _tell(connection, await connection.fetch(_REVOKE_ONE, api_key_id, user_id, now), now, new_id)
+        return await connection.fetch_value(_EXISTS, api_key_id, user_id) is not None
 
 
-async def revoke_keys(database: Database, id_or_prefix: str, now: datetime) -> Sequence[Row]:
-    """Revoke the key with this id, or every key with this 16-character prefix; return the revoked."""
-    return await database.fetch(_REVOKE, id_or_prefix, now)
+async def revoke_keys(database: Database, id_or_prefix: str, now: datetime, new_id: Callable[[], str]) -> Sequence[Row]:
+    """Revoke the key with this id, or every key with this 16-character prefix, and tell; return the revoked.
+
+    Args:
+        new_id: as in `revoke_key`.
+    """
+    async with database.transaction() as connection:
+        await _tell(connection, await connection.fetch(_REVOKE, id_or_prefix, now), now, new_id)
+        return await connection.fetch(_NAMED, id_or_prefix)
+
+
+async def _tell(connection: Connection, revoked: Sequence[Row], now: datetime, new_id: Callable[[], str]) -> None:
+    events = [
+        Event(
+            event_id=new_id(),
+            type="key_revoked",
+            subject=str(row["api_key_id"]),
+            developer_id=None,
+            payload={
+                "keyId": str(row["api_key_id"]),
+                "vaultId": str(row["vault_id"]),
+                "name": row["name"],
+                "prefix": row["prefix"],
+                "revokedAt": iso(now),
+            },
+            user_id=UserId(str(row["user_id"])),
+        )
+        for row in revoked
+    ]
+    if events:
+        await add_events(connection, events, now)
 
 
 async def list_keys(database: Database, vault_id: VaultId | None, limit: int) -> Sequence[Row]:

@@ -1,11 +1,11 @@
-"""The rollup: calls and money by minute and by day, derived from closed usage events and from refunds.
+"""The rollup: calls and money by minute, by hour and by day, derived from closed usage events and from refunds.
 
 A pass is one database transaction under the lock of `usage_rollup`, and one statement in it, so it sees one moment. The
-minutes from `done_until` on are counted anew, as absolute values; what that changes moves the days. A minute becomes
-final once it is over for SETTLE and no transaction of ours is old enough to still bring one of its rows. Holds that
-are open then go to `usage_open`, and each is added to its minute in the transaction that takes it out of there: a hold
-of a day stops nothing, and nothing that closes late is lost or counted twice. A pass that is repeated, cut off, or run
-by two processes at once therefore changes nothing.
+minutes from `done_until` on are counted anew, as absolute values; what that changes moves the hours and days. A minute
+becomes final once it is over for SETTLE and no transaction of ours is old enough to still bring one of its rows. Holds
+that are open then go to `usage_open`, and each is added to its minute in the transaction that takes it out of there: a
+hold of a day stops nothing, and nothing that closes late is lost or counted twice. A pass that is repeated, cut off, or
+run by two processes at once therefore changes nothing.
 
 The events of a pass are found by the BRIN index on their date alone. The time inside their ids would leave old months
 out, but an id may be made long before its event: a charge over REST keeps its id from try to try.
@@ -44,6 +44,7 @@ _MEASURES: Final = (
     "latency_us",
     "request_bytes",
     "response_bytes",
+    "credits",
 )
 
 SUCCEEDED: Final = "((u.state = 'captured' OR u.outcome = 'upstream_status') AND coalesce(u.status, 200) < 400)"
@@ -54,11 +55,12 @@ _EVENT: Final = f"""
     u.developer_id, 1 AS calls, (coalesce(u.amount, 0) > 0)::int AS charged_calls,
     (NOT {SUCCEEDED})::int AS failed_calls, (u.latency_us IS NOT NULL)::int AS timed_calls,
     coalesce(u.amount, 0) AS amount, 0::bigint AS refunded, coalesce(u.latency_us, 0)::bigint AS latency_us,
-    coalesce(u.request_bytes, 0) AS request_bytes, coalesce(u.response_bytes, 0) AS response_bytes"""
+    coalesce(u.request_bytes, 0) AS request_bytes, coalesce(u.response_bytes, 0) AS response_bytes,
+    coalesce(u.credits, 0) AS credits"""
 
 _REFUND: Final = """
     r.vault_id, date_trunc('minute', r.created_at, 'UTC'), u.api_key_id, u.endpoint_id, u.api_id, u.developer_id,
-    0, 0, 0, 0, 0, r.amount, 0, 0, 0"""
+    0, 0, 0, 0, 0, r.amount, 0, 0, 0, 0"""
 
 
 def _sums(measures: tuple[str, ...]) -> str:
@@ -72,27 +74,29 @@ def _grouped(source: str) -> str:
     FROM {source} GROUP BY vault_id, minute, api_key_id, endpoint_id"""  # noqa: S608 - names of ours
 
 
-def _added(table: str, key: tuple[str, ...], more: str, measures: tuple[str, ...]) -> str:
+def _added(table: str, key: tuple[str, ...], more: str, measures: tuple[str, ...], which: str = "") -> str:
     """Return the CTE that adds the changes to a table of sums.
 
     Args:
         key: its primary key.
         more: a further column that follows from the key, "" for none.
+        which: WHERE, to leave changes out.
     """
     columns = ", ".join((*key, *((more,) if more else ()), *measures))
     chosen = ", ".join(
-        (*(each if each != "day" else "date_trunc('day', minute, 'UTC') AS day" for each in key),)
+        (*(each if each not in _UNITS else f"date_trunc('{each}', minute, 'UTC') AS {each}" for each in key),)
         + ((f"min({more})",) if more else ())
     )
     moved = ", ".join(f"{each} = t.{each} + excluded.{each}" for each in measures)
     groups = ", ".join(str(number) for number in range(1, len(key) + 1))
     return f"""{table}_moved AS (
     INSERT INTO {table} AS t ({columns})
-    SELECT {chosen}, {_sums(measures)} FROM changes GROUP BY {groups}
+    SELECT {chosen}, {_sums(measures)} FROM changes {which} GROUP BY {groups}
     ON CONFLICT ({", ".join(key)}) DO UPDATE SET {moved}
 )"""  # noqa: S608 - names of ours
 
 
+_UNITS: Final = ("hour", "day")
 _DEVELOPER_MEASURES: Final = ("calls", "failed_calls", "amount", "refunded")
 
 _PASS: Final = f"""
@@ -123,7 +127,8 @@ WITH facts AS (
     SELECT * FROM changes ORDER BY minute, vault_id
     ON CONFLICT (vault_id, minute, api_key_id, endpoint_id)
         DO UPDATE SET {", ".join(f"{each} = t.{each} + excluded.{each}" for each in _MEASURES)}
-), {_added("usage_days", ("vault_id", "day", "api_key_id", "endpoint_id"), "api_id", _MEASURES)},
+), {_added("key_hours", ("vault_id", "hour", "api_key_id"), "", ("amount",), "WHERE amount <> 0")},
+{_added("usage_days", ("vault_id", "day", "api_key_id", "endpoint_id"), "api_id", _MEASURES)},
 {_added("developer_days", ("developer_id", "day", "endpoint_id"), "api_id", _DEVELOPER_MEASURES)},
 {_added("developer_callers", ("developer_id", "day", "api_id", "vault_id"), "", ("calls", "amount", "refunded"))},
 {_added("vault_days", ("day", "vault_id"), "", _DEVELOPER_MEASURES)},
@@ -137,7 +142,7 @@ opened AS (
 SELECT coalesce(sum(calls), 0)::bigint FROM changes
 """  # noqa: S608 - names of ours
 
-_SETTINGS: Final = """
+BY_INDEX: Final = """
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
 SET LOCAL enable_partition_pruning = off; SET LOCAL jit = off; SET LOCAL work_mem = '64MB';
 SET LOCAL synchronous_commit = off
@@ -163,7 +168,7 @@ _AS_OF: Final = "SELECT as_of FROM usage_rollup"
 _CALLS: Final = "SELECT coalesce(sum(calls), 0)::bigint FROM all_days"
 
 _EMPTY: Final = """
-TRUNCATE usage_minutes, usage_days, developer_days, developer_callers, vault_days, all_days, usage_open
+TRUNCATE usage_minutes, key_hours, usage_days, developer_days, developer_callers, vault_days, all_days, usage_open
 """
 _BACK: Final = "UPDATE usage_rollup SET done_until = 'epoch', as_of = 'epoch'"
 
@@ -199,7 +204,7 @@ async def advance(
     Cancellation: the pass is not made.
     """
     async with database.transaction() as connection:
-        await connection.execute(_SETTINGS)
+        await connection.execute(BY_INDEX)
         row = await connection.fetch_row(_LOCK_WAITING if wait else _LOCK)
         if row is None:
             return None
@@ -211,7 +216,7 @@ async def _advance(
 ) -> Pass:
     settled = (now - SETTLE).replace(second=0, microsecond=0)
     # Asked before the pass's statement looks: what began later dates its rows later.
-    slow: bool = await connection.fetch_value(_SLOW, slow_seconds)
+    slow = await has_slow(connection, slow_seconds)
     since = done_until
     if done_until <= EPOCH:
         first: datetime | None = await connection.fetch_value(_FIRST)
@@ -226,6 +231,12 @@ async def _advance(
         sealed, behind = done_until, False
     calls: int = await connection.fetch_value(_PASS, since, until, sealed, counted)
     return Pass(sealed, counted, calls, behind)
+
+
+async def has_slow(connection: Connection, seconds: float) -> bool:
+    """Tell whether a transaction of ours has lasted so long that it may date rows before what seems final."""
+    found: bool = await connection.fetch_value(_SLOW, seconds)
+    return found
 
 
 async def as_of(database: Database) -> datetime:

@@ -17,13 +17,13 @@ MONTHS_AHEAD: Final = 1
 FIRST: Final = EventId("00000000-0000-0000-0000-000000000000")
 
 _OPEN_SINCE: Final = """
-SELECT vault_id, event_id, held_amount, created_at, expires_at FROM usage_events
+SELECT vault_id, event_id, held_amount, held_credits, created_at, expires_at FROM usage_events
 WHERE created_at >= $1 AND created_at < $2 AND state = 'held' AND (created_at > $1 OR event_id > $4)
 ORDER BY created_at, event_id LIMIT $3
 """
 
 _OPEN_OF: Final = """
-SELECT u.vault_id, u.event_id, u.held_amount, u.created_at, u.expires_at
+SELECT u.vault_id, u.event_id, u.held_amount, u.held_credits, u.created_at, u.expires_at
 FROM unnest($1::uuid[], $2::uuid[]) AS w (vault_id, event_id)
 JOIN usage_events u ON u.vault_id = w.vault_id AND u.event_id = w.event_id
 WHERE u.state = 'held'
@@ -49,6 +49,7 @@ class OpenHold:
     vault_id: VaultId
     event_id: EventId
     held_amount: Stroops
+    held_credits: int
     created_at: datetime
     expires_at: datetime
 
@@ -58,6 +59,7 @@ def _hold(row: Row) -> OpenHold:
         VaultId(str(row["vault_id"])),
         EventId(str(row["event_id"])),
         Stroops(row["held_amount"]),
+        row["held_credits"],
         row["created_at"],
         row["expires_at"],
     )

@@ -9,6 +9,7 @@ the statement's own rows say.
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Final, cast
 
 import attrs
@@ -19,31 +20,57 @@ from callora.ledger.commands import (
     CloseHold,
     Deposit,
     ExtendHold,
+    GiveBack,
     Grant,
+    GrantQuota,
     IdempotencyClaim,
     LockedCommand,
     PlaceHold,
+    RateDelta,
     Refund,
+    ReviewDebt,
+    SetPlan,
     SetStanding,
     StoredAnswer,
     Withdraw,
 )
+from callora.ledger.debt import Purse, credited, debited, reviewed, stood
 from callora.ledger.faults import CalloraFault, StoreUnavailable
-from callora.ledger.ids import EventId, VaultId
-from callora.ledger.money import Stroops
+from callora.ledger.ids import ApiKeyId, EventId, UserId, VaultId
+from callora.ledger.money import Stroops, format_usdc
 from callora.ledger.outcomes import (
     BalanceMoved,
+    DebtReviewed,
+    DeltasRated,
     EventFound,
     HoldExtended,
     HoldNotOpen,
     InsufficientFunds,
+    PlanMissing,
+    PlanSet,
+    PolicyRefused,
+    QuotaGranted,
+    ReferenceTaken,
     RefundRefused,
+    StandingRefused,
     StandingSet,
     VaultMissing,
 )
+from callora.ledger.quota import Quota
 from callora.ledger.rounds import CLEAN, UNGUARDED, RoundResult, Share
+from callora.ledger.spending import SpendingLimits
 from callora.ledger.vault import Standing, VaultState
 from callora.store.bridge import Connection, Database, Line, Row
+from callora.store.counters import rate
+from callora.store.outbox import Event, add_events, iso
+from callora.store.purses import COLUMNS, purse_of, setting, values_of
+from callora.store.quotas import grant, renew
+from callora.store.reads.quotas import terms
+from callora.store.reads.spending import spending_limits
+
+LIMITS_FRESH: Final = timedelta(seconds=1)
+"""How long what was spent is believed before it is counted anew for a refusal: counting is the dearest read there is,
+and whoever is refused may ask a thousand times a second."""
 
 ROUND_SECONDS_MAX: Final = 15
 """The server ends a round that takes longer, so that one whose writer gave up on it is not stored at any later time."""
@@ -72,8 +99,8 @@ WITH wanted AS (
         AS w (vault_id, need, guard, decided, place)
 ), locked AS MATERIALIZED (
     SELECT w.place, v.vault_id, v.available, v.held, v.version, v.standing, w.decided,
-           v.available >= w.need AND (w.need < 0 OR v.standing = 'active')
-               AND (w.guard < 0 OR v.version = w.guard) AS won
+           v.available >= w.need AND (w.need < 0 OR v.standing = 'active' AND v.quota_until > :now::timestamptz)
+               AND CASE WHEN w.guard < 0 THEN w.need < 0 OR NOT v.limited ELSE v.version = w.guard END AS won
     FROM wanted w JOIN vaults v ON v.vault_id = ANY (ARRAY[w.vault_id])
     ORDER BY w.vault_id
     FOR UPDATE OF v
@@ -83,23 +110,45 @@ WITH wanted AS (
     FROM locked
 )"""
 
+# A round of one vault, as most are where calls are few, needs neither sets nor an order. What is not opened and closed
+# for it is an eighth of what PostgreSQL spends on such a round.
+_LOCKED_ALONE: Final = """
+WITH locked AS MATERIALIZED (
+    SELECT v.vault_id, v.available, v.held, v.version, v.standing, :decided_version::bigint AS decided,
+           v.available >= :need::bigint
+               AND (:need::bigint < 0 OR v.standing = 'active' AND v.quota_until > :now::timestamptz)
+               AND CASE WHEN :guard::bigint < 0 THEN :need::bigint < 0 OR NOT v.limited
+                        ELSE v.version = :guard::bigint END AS won
+    FROM vaults v WHERE v.vault_id = ANY (ARRAY[:vault::uuid])
+    FOR UPDATE OF v
+), winners AS MATERIALIZED (
+    SELECT ARRAY[won] AS won, ARRAY[vault_id] AS vaults FROM locked
+)"""
+
 _CLOSED: Final = """, closed AS (
     UPDATE usage_events u
     SET state = c.state::usage_state, amount = CASE c.state WHEN 'captured' THEN c.amount END, status = c.status,
         latency_us = c.latency_us, request_bytes = c.request_bytes, response_bytes = c.response_bytes,
-        outcome = c.outcome, closed_at = :now::timestamptz
+        outcome = c.outcome, closed_at = :now::timestamptz{rated_set}
     FROM (SELECT w.vaults[i.place] AS vault_id, i.*
           FROM unnest(@close_places::int[], @close_events::uuid[], @close_states::text[], @close_amounts::bigint[],
                       @close_statuses::smallint[], @close_latencies::int[], @close_requests::bigint[],
-                      @close_responses::bigint[], @close_outcomes::text[])
-               AS i (place, event_id, state, amount, status, latency_us, request_bytes, response_bytes, outcome),
-               winners w
+                      @close_responses::bigint[], @close_outcomes::text[]{rated_arrays})
+               AS i (place, event_id, state, amount, status, latency_us, request_bytes, response_bytes,
+                     outcome{rated_names}), winners w
           WHERE w.won[i.place]
           OFFSET 0) AS c
     WHERE u.vault_id = ANY (ARRAY[c.vault_id]) AND u.event_id = ANY (ARRAY[c.event_id]) AND u.state = 'held'
           AND (c.state <> 'expired' OR u.expires_at <= :now::timestamptz)
-    RETURNING u.vault_id, u.event_id, u.held_amount, coalesce(u.amount, 0) AS amount
+    RETURNING u.vault_id, u.event_id, u.held_amount, coalesce(u.amount, 0) AS amount{rated_returned}
 )"""
+
+_RATED_CLOSED: Final = {
+    "rated_set": ",\n        credits = CASE WHEN u.held_credits > 0 THEN c.credits END, quantity = c.quantity",
+    "rated_arrays": ",\n                      @close_credits::bigint[], @close_quantities::bigint[]",
+    "rated_names": ", credits, quantity",
+    "rated_returned": ", u.held_credits - coalesce(u.credits, 0) AS credits_back",
+}
 
 _CLAIMED: Final = """, claimed AS (
     INSERT INTO idempotency_keys AS k (vault_id, key, fingerprint, event_id, replaces, state, created_at, expires_at)
@@ -134,31 +183,42 @@ _ANSWERED: Final = """, answered AS (
 
 _PLACED: Final = """, placed AS (
     INSERT INTO usage_events (vault_id, event_id, api_key_id, developer_id, api_id, endpoint_id, held_amount,
-                              price_version, created_at, expires_at)
+                              price_version, created_at, expires_at{credits_column})
     SELECT w.vaults[h.place], h.event_id, h.api_key_id, h.developer_id, h.api_id, h.endpoint_id,
-           h.held_amount, h.price_version, :now::timestamptz, :now::timestamptz + h.ttl * interval '1 second'
+           h.held_amount, h.price_version, :now::timestamptz,
+           :now::timestamptz + h.ttl * interval '1 second'{credits_value}
     FROM unnest(@hold_places::int[], @hold_events::uuid[], @hold_keys::uuid[], @hold_developers::uuid[],
                 @hold_apis::bigint[], @hold_endpoints::bigint[], @hold_amounts::bigint[], @hold_versions::int[],
-                @hold_ttls::int[])
-         AS h (place, event_id, api_key_id, developer_id, api_id, endpoint_id, held_amount, price_version, ttl),
+                @hold_ttls::int[]{credits_array})
+         AS h (place, event_id, api_key_id, developer_id, api_id, endpoint_id, held_amount, price_version,
+               ttl{credits_name}),
          winners w
     WHERE w.won[h.place]{unless_taken}
-    RETURNING vault_id, event_id, held_amount
+    RETURNING vault_id, event_id, held_amount{credits_column}
 )"""
+
+_RATED_PLACED: Final = {
+    "credits_column": ", held_credits",
+    "credits_value": ", h.credits",
+    "credits_array": ", @hold_credits::bigint[]",
+    "credits_name": ", credits",
+}
 
 _UNLESS_TAKEN: Final = """
           AND (h.event_id NOT IN (SELECT e FROM unnest(:claim_events::uuid[]) AS e)
                OR h.event_id IN (SELECT event_id FROM claimed))"""
 
-_CHANGED_BY_CLOSED: Final = "SELECT vault_id, held_amount - amount AS available, -held_amount AS held FROM closed"
+_CHANGED_BY_CLOSED: Final = (
+    "SELECT vault_id, held_amount - amount AS available, -held_amount AS held{credits} FROM closed"
+)
 
-_CHANGED_BY_PLACED: Final = "SELECT vault_id, -held_amount AS available, held_amount AS held FROM placed"
+_CHANGED_BY_PLACED: Final = "SELECT vault_id, -held_amount AS available, held_amount AS held{credits} FROM placed"
 
 _MOVED: Final = """, moved AS (
     UPDATE vaults v
-    SET available = v.available + c.available, held = v.held + c.held, version = v.version + 1
-    FROM (SELECT vault_id, sum(available)::bigint AS available, sum(held)::bigint AS held FROM ({changes}) AS rows
-          GROUP BY vault_id) AS c
+    SET available = v.available + c.available, held = v.held + c.held, version = v.version + 1{credits_set}
+    FROM (SELECT vault_id, sum(available)::bigint AS available, sum(held)::bigint AS held{credits_sum}
+          FROM ({changes}) AS rows GROUP BY vault_id) AS c
     WHERE v.vault_id = ANY (ARRAY[c.vault_id])
 )
 SELECT won, vault_id, available, held, version, standing::text AS standing, NULL::uuid AS missed
@@ -183,19 +243,30 @@ class RoundStatement:
     """The columns that it takes, in the order of their numbers."""
 
     @classmethod
-    def of(cls, *, closes: bool, holds: bool, keyed: bool) -> "RoundStatement":
-        """Return the statement; a round has closes, holds or both, and perhaps idempotency keys."""
-        changes = [part for part, there in ((_CHANGED_BY_CLOSED, closes), (_CHANGED_BY_PLACED, holds)) if there]
-        text = _LOCKED
+    def of(cls, *, closes: bool, holds: bool, keyed: bool, alone: bool, rated: bool) -> "RoundStatement":
+        """Return the statement; a round has closes, holds or both, perhaps idempotency keys, and one vault or more.
+
+        Args:
+            rated: whether anything in it has credits or a quantity.
+        """
+        text = _LOCKED_ALONE if alone else _LOCKED
+        changes: list[str] = []
         if closes:
-            text += _CLOSED
+            text += _CLOSED.format_map(_RATED_CLOSED if rated else dict.fromkeys(_RATED_CLOSED, ""))
+            changes.append(_CHANGED_BY_CLOSED.format(credits=", credits_back AS credits" if rated else ""))
         if keyed and holds:
             text += _CLAIMED
         if keyed and closes:
             text += _ANSWERED
         if holds:
-            text += _PLACED.format(unless_taken=_UNLESS_TAKEN if keyed else "")
-        text += _MOVED.format(changes=" UNION ALL ".join(changes))
+            rating = _RATED_PLACED if rated else dict.fromkeys(_RATED_PLACED, "")
+            text += _PLACED.format(unless_taken=_UNLESS_TAKEN if keyed else "", **rating)
+            changes.append(_CHANGED_BY_PLACED.format(credits=", -held_credits AS credits" if rated else ""))
+        text += _MOVED.format(
+            changes=" UNION ALL ".join(changes),
+            credits_set=", credits = v.credits + c.credits" if rated else "",
+            credits_sum=", sum(credits)::bigint AS credits" if rated else "",
+        )
         if closes:
             text += _MISSED.format(events="@close_events", done="closed")
         if keyed and holds:
@@ -209,24 +280,27 @@ class RoundStatement:
         return cls(_PARAMETER.sub(numbered, text), parameters)
 
 
-STATEMENTS: Final[Mapping[tuple[bool, bool, bool], RoundStatement]] = {
-    (closes, holds, keyed): RoundStatement.of(closes=closes, holds=holds, keyed=keyed)
-    for closes, holds, keyed in itertools.product((False, True), repeat=3)
+STATEMENTS: Final[Mapping[tuple[bool, bool, bool, bool, bool], RoundStatement]] = {
+    (closes, holds, keyed, alone, rated): RoundStatement.of(
+        closes=closes, holds=holds, keyed=keyed, alone=alone, rated=rated
+    )
+    for closes, holds, keyed, alone, rated in itertools.product((False, True), repeat=5)
     if closes or holds
 }
-"""By what a round contains: closes, holds, idempotency keys."""
+"""By what a round contains: closes, holds, idempotency keys; whether it is of one vault; credits or quantities."""
 
 _LOAD: Final = """
-SELECT vault_id, available, held, version, standing::text AS standing FROM vaults WHERE vault_id = ANY ($1::uuid[])
+SELECT vault_id, available, held, version, standing::text AS standing, owed, limited FROM vaults
+WHERE vault_id = ANY ($1::uuid[])
 """
 
-_LOCK: Final = """
-SELECT vault_id, available, held, version, entry_seq, standing::text AS standing FROM vaults WHERE vault_id = $1
-FOR UPDATE
-"""
+_LOCK: Final = f"""
+SELECT vault_id, user_id, network, held, version, entry_seq, limited, {COLUMNS} FROM vaults
+WHERE vault_id = $1 FOR UPDATE
+"""  # noqa: S608 - names of ours
 
 _EVENT: Final = """
-SELECT event_id, state::text AS state, held_amount, coalesce(amount, 0) AS amount
+SELECT event_id, api_key_id, state::text AS state, held_amount, held_credits, coalesce(amount, 0) AS amount
 FROM usage_events WHERE vault_id = $1 AND event_id = $2
 """
 
@@ -234,13 +308,13 @@ _ENTRY: Final = """
 SELECT seq FROM ledger_entries WHERE vault_id = $1 AND kind = $2 AND ref = $3
 """
 
-_BOOK: Final = """
+_BOOK: Final = f"""
 WITH entry AS (
     INSERT INTO ledger_entries (vault_id, seq, kind, amount, balance_after, ref, event_id, created_at)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
 )
-UPDATE vaults SET available = available + $4, version = version + 1, entry_seq = $2 WHERE vault_id = $1
-"""
+UPDATE vaults SET entry_seq = $2, {setting(9)} WHERE vault_id = $1
+"""  # noqa: S608 - names of ours
 
 _REFUNDED: Final = """
 SELECT coalesce(sum(amount), 0)::bigint FROM ledger_entries WHERE vault_id = $1 AND event_id = $2 AND kind = 'refund'
@@ -249,20 +323,29 @@ SELECT coalesce(sum(amount), 0)::bigint FROM ledger_entries WHERE vault_id = $1 
 _EXTEND: Final = """
 WITH extended AS (
     UPDATE usage_events
-    SET held_amount = held_amount + $3,
+    SET held_amount = held_amount + $3, held_credits = held_credits + $5,
         expires_at = least(expires_at + $4 * interval '1 second', created_at + interval '1 day')
     WHERE vault_id = $1 AND event_id = $2 AND state = 'held'
-    RETURNING held_amount
+    RETURNING held_amount, held_credits
 ), moved AS (
-    UPDATE vaults SET available = available - $3, held = held + $3, version = version + 1
+    UPDATE vaults SET available = available - $3, held = held + $3, credits = credits - $5, version = version + 1
     WHERE vault_id = $1 AND EXISTS (SELECT FROM extended)
 )
-SELECT held_amount FROM extended
+SELECT held_amount, held_credits FROM extended
 """
 
-_SET_STANDING: Final = """
-UPDATE vaults SET standing = $2::text::standing, version = version + 1
-WHERE vault_id = $1 AND standing <> $2::text::standing
+_EXTENSION: Final = "SELECT seconds, amount FROM hold_extensions WHERE vault_id = $1 AND event_id = $2 AND ref = $3"
+
+_NOTE_EXTENSION: Final = """
+INSERT INTO hold_extensions (vault_id, event_id, ref, seconds, amount, extended_at) VALUES ($1, $2, $3, $4, $5, $6)
+"""
+
+_SET_PURSE: Final = f"UPDATE vaults SET {setting(2)} WHERE vault_id = $1"  # noqa: S608 - names of ours
+
+_ACTIVE_PLAN: Final = "SELECT plan_id FROM plans WHERE plan_id = $1 AND active"
+
+_SET_PLAN: Final = """
+UPDATE vaults SET plan_id = $2, version = version + 1 WHERE vault_id = $1 AND plan_id <> $2
 """
 
 _NO_HOLDS: Final = -1
@@ -270,7 +353,21 @@ _NO_HOLDS: Final = -1
 
 
 LockedOutcome = (
-    BalanceMoved | HoldExtended | StandingSet | InsufficientFunds | HoldNotOpen | RefundRefused | VaultMissing
+    BalanceMoved
+    | HoldExtended
+    | StandingSet
+    | DebtReviewed
+    | DeltasRated
+    | QuotaGranted
+    | PlanSet
+    | PlanMissing
+    | InsufficientFunds
+    | StandingRefused
+    | PolicyRefused
+    | HoldNotOpen
+    | ReferenceTaken
+    | RefundRefused
+    | VaultMissing
 )
 
 
@@ -281,6 +378,7 @@ def _state(row: Row) -> VaultState:
         Stroops(row["held"]),
         row["version"],
         cast(Standing, row["standing"]),
+        Stroops(row.get("owed", 0)),
     )
 
 
@@ -297,10 +395,16 @@ class _Loading:
 class VaultStore:
     """The ledger's two doors to PostgreSQL: rounds over one dedicated line, everything else over the pool."""
 
-    def __init__(self, database: Database, line: Line, clock: Clock, commit_seconds_max: float) -> None:
+    def __init__(
+        self, database: Database, line: Line, clock: Clock, new_id: Callable[[], str], commit_seconds_max: float
+    ) -> None:
+        """Args:
+        new_id: makes the ids of what owners are told.
+        """
         self._database = database
         self._line = line
         self._clock = clock
+        self._new_id = new_id
         self._commit_seconds_max = commit_seconds_max
         self._loading: _Loading | None = None
         self._load_turn = trio.Lock()
@@ -333,6 +437,7 @@ class VaultStore:
                 self._loading = None
                 for row in await self._database.fetch(_LOAD, list(loading.vault_ids)):
                     state = _state(row)
+                    state.limited = row["limited"]
                     loading.states[state.vault_id] = state
         except CalloraFault as fault:
             loading.fault = fault
@@ -343,6 +448,47 @@ class VaultStore:
             if self._loading is loading:
                 self._loading = None
             loading.done.set()
+
+    async def load_guarded(self, state: VaultState, known: VaultState | None, *, credited: bool) -> VaultState:
+        """Return a vault with its rules and what they counted, or with those already known where they must be right.
+
+        Args:
+            state: the vault, read a moment ago; what is read here may be newer, and then its round is lost.
+            known: the vault as its actor knew it, whose every decision is stored.
+            credited: whether its quota is to be known whatever it has: then the month's grant is made where it is due.
+
+        Raises:
+            StoreUnavailable: nothing was read. OutcomeUnknown: a grant may have been renewed, which does no harm.
+        """
+        now = self._clock.now()
+        fresh = known is not None and known.version == state.version and _is_fresh(known, now)
+        if known is not None and fresh and (known.quota is not None or not credited):
+            state.policies, state.quota, state.credits = known.policies, known.quota, known.credits
+            return state
+        async with self._database.transaction() as connection:
+            await self._guard(connection, state, credited=credited, locked=False)
+        return state
+
+    async def _guard(
+        self, connection: Connection, state: VaultState, *, credited: bool, locked: bool
+    ) -> SpendingLimits | None:
+        """Read the rules of a vault into its state; its quota is renewed, with the vault locked, where that is due."""
+        now = self._clock.now()
+        found = await terms(connection, state.vault_id, now, wanted=credited)
+        if found is not None and found.due:
+            if not locked:
+                await connection.fetch_row(_LOCK, state.vault_id)
+            await renew(connection, state.vault_id, now)
+            row = cast(Row, await connection.fetch_row(_LOCK, state.vault_id))
+            state.available, state.held = Stroops(row["available"]), Stroops(row["held"])
+            state.version, state.standing = row["version"], cast(Standing, row["standing"])
+            state.owed = Stroops(row["owed"])
+            found = await terms(connection, state.vault_id, now, wanted=True)
+        limits = await spending_limits(connection, state.vault_id, now)
+        state.policies = () if limits is None else (limits,)
+        if found is not None:
+            state.quota, state.credits = found.quota, found.credits
+        return limits
 
     async def find_event(self, vault_id: VaultId, event_id: EventId) -> EventFound | None:
         """Return a usage event as it stands, or None: how an unknown outcome is looked up.
@@ -378,30 +524,41 @@ class VaultStore:
         closes = [(place, close) for place, share in zip(places, shares, strict=True) for close in share.closes]
         claims = [(place, hold, hold.claim) for place, hold in holds if hold.claim is not None]
         answers = [(place, close, close.answer) for place, close in closes if close.answer is not None]
-        statement = STATEMENTS[bool(closes), bool(holds), bool(claims or answers)]
-        columns = _share_columns(shares)
+        alone = len(shares) == 1
+        rated = any(hold.credits for _, hold in holds) or any(
+            close.held_credits or close.delivery.quantity is not None for _, close in closes
+        )
+        statement = STATEMENTS[bool(closes), bool(holds), bool(claims or answers), alone, rated]
+        columns = _alone_columns(shares[0]) if alone else _share_columns(shares)
         columns["now"] = self._clock.now()
         if closes:
             columns |= _close_columns(closes)
         if holds:
             columns |= _hold_columns(holds)
+        if rated:
+            columns |= _rated_columns(holds, closes)
         if claims or answers:
             columns |= _key_columns(claims, answers)
         return statement.sql, [columns[name] for name in statement.parameters]
 
     async def commit_locked_round(
-        self, vault_id: VaultId, decide: Callable[[VaultState], Share]
+        self, vault_id: VaultId, decide: Callable[[VaultState], Share], *, credited: bool
     ) -> tuple[Share, RoundResult]:
         """Store one vault's share with its row locked before the decision, so that it cannot lose.
 
         Args:
             decide: pure; given the locked state, returns the share to store.
+            credited: whether the state's quota is to be known whatever it has.
 
         Raises:
             StoreUnavailable: nothing was written. OutcomeUnknown: the commit was sent and no answer came.
         """
         async with self._database.transaction() as connection:
-            share = decide(_state(cast(Row, await connection.fetch_row(_LOCK, vault_id))))
+            row = cast(Row, await connection.fetch_row(_LOCK, vault_id))
+            state = _state(row)
+            if row["limited"] or credited:
+                await self._guard(connection, state, credited=credited, locked=True)
+            share = decide(state)
             if not (share.holds or share.closes):
                 return share, CLEAN
             statement, arguments = self._statement([share])
@@ -420,18 +577,34 @@ class VaultStore:
                 return VaultMissing()
             match command:
                 case Deposit(amount, ref):
-                    return await self._book(connection, row, "deposit", amount, ref, None)
+                    return await self._deposit(connection, row, amount, ref)
                 case Withdraw(amount, ref):
                     return await self._book(connection, row, "withdrawal", Stroops(-amount), ref, None)
                 case Grant(amount, ref):
                     return await self._book(connection, row, "grant", amount, ref, None)
+                case GiveBack(amount, ref):
+                    return await self._book(connection, row, "adjustment", amount, ref, None)
                 case Refund(event_id, amount, ref):
                     return await self._refund(connection, row, event_id, amount, ref)
                 case ExtendHold():
                     return await self._extend(connection, row, command)
+                case GrantQuota():
+                    return await grant(connection, vault_id, command, self._clock.now())
+                case SetPlan(plan_id, price, ref):
+                    return await self._set_plan(connection, row, plan_id, price, ref)
                 case SetStanding(standing):
-                    await connection.execute(_SET_STANDING, vault_id, standing)
+                    await self._stand(connection, row, stood(purse_of(row), standing))
                     return StandingSet()
+                case ReviewDebt(owing_since):
+                    purse = reviewed(purse_of(row), owing_since)
+                    await self._stand(connection, row, purse)
+                    return DebtReviewed(purse.owed, purse.standing)
+                case RateDelta():
+                    return await rate(connection, vault_id, purse_of(row), command, self._clock.now())
+
+    async def _stand(self, connection: Connection, row: Row, purse: Purse) -> None:
+        if purse != purse_of(row):
+            await connection.execute(_SET_PURSE, str(row["vault_id"]), *values_of(purse))
 
     async def _book(
         self, connection: Connection, row: Row, kind: str, amount: Stroops, ref: str, event_id: EventId | None
@@ -440,14 +613,56 @@ class VaultStore:
         booked = await connection.fetch_value(_ENTRY, vault_id, kind, ref)
         if booked is not None:
             return BalanceMoved(booked, Stroops(row["available"]), repeated=True)
-        available = row["available"] + amount
-        if available < 0:
-            return InsufficientFunds(Stroops(-amount), Stroops(row["available"]))
-        seq = row["entry_seq"] + 1
+        purse = purse_of(row)
+        after = credited(purse, amount) if amount >= 0 else debited(purse, Stroops(-amount))
+        if after is None:
+            return InsufficientFunds(Stroops(-amount), credited(purse, Stroops(0)).available)
+        seq, balance = row["entry_seq"] + 1, after.available + row["held"] - after.owed
         await connection.execute(
-            _BOOK, vault_id, seq, kind, amount, available + row["held"], ref, event_id, self._clock.now()
+            _BOOK, vault_id, seq, kind, amount, balance, ref, event_id, self._clock.now(), *values_of(after)
         )
-        return BalanceMoved(seq, Stroops(available), repeated=False)
+        return BalanceMoved(seq, after.available, repeated=False)
+
+    async def _deposit(
+        self, connection: Connection, row: Row, amount: Stroops, ref: str
+    ) -> BalanceMoved | InsufficientFunds:
+        booked = await self._book(connection, row, "deposit", amount, ref, None)
+        if isinstance(booked, BalanceMoved) and not booked.repeated:
+            vault_id, now = str(row["vault_id"]), self._clock.now()
+            told = {
+                "vaultId": vault_id,
+                "network": row["network"],
+                "amountUsdc": format_usdc(amount),
+                "balanceUsdc": format_usdc(Stroops(booked.available + row["held"])),
+                "reference": ref,
+                "creditedAt": iso(now),
+            }
+            event = Event(
+                event_id=self._new_id(),
+                type="deposit_confirmed",
+                subject=f"{vault_id}:{booked.seq}",
+                developer_id=None,
+                payload=told,
+                user_id=UserId(str(row["user_id"])),
+            )
+            await add_events(connection, [event], now)
+        return booked
+
+    async def _set_plan(
+        self, connection: Connection, row: Row, plan_id: str, price: Stroops, ref: str
+    ) -> PlanSet | PlanMissing | InsufficientFunds:
+        vault_id = str(row["vault_id"])
+        if await connection.fetch_value(_ACTIVE_PLAN, plan_id) is None:
+            return PlanMissing()
+        available, repeated = Stroops(row["available"]), False
+        if price:
+            booked = await self._book(connection, row, "subscription", Stroops(-price), ref, None)
+            if isinstance(booked, InsufficientFunds):
+                return booked
+            available, repeated = booked.available, booked.repeated
+        if not repeated:
+            await connection.execute(_SET_PLAN, vault_id, plan_id)
+        return PlanSet(available, repeated)
 
     async def _refund(
         self, connection: Connection, row: Row, event_id: EventId, amount: Stroops, ref: str
@@ -463,17 +678,64 @@ class VaultStore:
 
     async def _extend(
         self, connection: Connection, row: Row, command: ExtendHold
-    ) -> HoldExtended | InsufficientFunds | HoldNotOpen:
-        if command.extra_amount > row["available"]:
-            return InsufficientFunds(command.extra_amount, Stroops(row["available"]))
-        vault_id = str(row["vault_id"])
-        held = await connection.fetch_value(
-            _EXTEND, vault_id, command.event_id, command.extra_amount, command.extra_seconds
-        )
-        if held is not None:
-            return HoldExtended(Stroops(held))
+    ) -> HoldExtended | InsufficientFunds | StandingRefused | PolicyRefused | HoldNotOpen | ReferenceTaken:
+        vault_id = VaultId(str(row["vault_id"]))
         event = await connection.fetch_row(_EVENT, vault_id, command.event_id)
-        return HoldNotOpen(event["state"] if event is not None else None)
+        if command.ref is not None and event is not None:
+            known = await connection.fetch_row(_EXTENSION, vault_id, command.event_id, command.ref)
+            if known is not None:
+                if (known["seconds"], known["amount"]) != (command.extra_seconds, command.extra_amount):
+                    return ReferenceTaken()
+                return HoldExtended(Stroops(event["held_amount"]), repeated=True, held_credits=event["held_credits"])
+        if event is None or event["state"] != "held":
+            return HoldNotOpen(event["state"] if event is not None else None)
+        amount, credits_more = command.extra_amount, 0
+        if amount or command.unit_credits:
+            if row["standing"] != "active":
+                return StandingRefused(row["standing"], Stroops(row["owed"]))
+            state, limits = _state(row), None
+            if row["limited"] or command.unit_credits:
+                limits = await self._guard(connection, state, credited=command.unit_credits > 0, locked=True)
+            api_key_id = ApiKeyId(str(event["api_key_id"]))
+            if command.unit_credits:
+                quota = state.quota
+                assert quota is not None, "it was asked for"
+                covered = quota.covered(api_key_id, command.units, command.unit_credits, state.credits)
+                if covered < command.units and quota.overage == "deny":
+                    return quota.refused(api_key_id, command.units * command.unit_credits, state.credits)
+                credits_more = covered * command.unit_credits
+                amount = Stroops(amount // command.units * (command.units - covered))
+            if amount > row["available"]:
+                return InsufficientFunds(amount, Stroops(row["available"]))
+            refusal = None if limits is None else limits.refuse_amount(api_key_id, amount)
+            if refusal is not None:
+                return refusal
+        held = await connection.fetch_row(
+            _EXTEND, vault_id, command.event_id, amount, command.extra_seconds, credits_more
+        )
+        assert held is not None, "no hold is closed while its vault is locked"
+        if command.ref is not None:
+            await connection.execute(
+                _NOTE_EXTENSION,
+                vault_id,
+                command.event_id,
+                command.ref,
+                command.extra_seconds,
+                command.extra_amount,
+                self._clock.now(),
+            )
+        return HoldExtended(Stroops(held["held_amount"]), held_credits=held["held_credits"])
+
+
+def _is_fresh(known: VaultState, now: datetime) -> bool:
+    """Tell whether what rules counted when they were read, and since, is to be believed for a refusal."""
+    if known.quota is not None and known.quota.until is not None and known.quota.until <= now:
+        return False
+    counted = [each for each in (*known.policies, known.quota) if each is not None]
+    return bool(counted) and all(
+        isinstance(each, SpendingLimits | Quota) and each.exact and now - each.read_at < LIMITS_FRESH
+        for each in counted
+    )
 
 
 Columns = dict[str, object]
@@ -499,10 +761,27 @@ def _numbers_or_null(values: Iterable[int | None]) -> str:
 def _share_columns(shares: Sequence[Share]) -> Columns:
     return {
         "vaults": _words([share.vault_id for share in shares]),
-        "needs": _numbers([share.need if share.holds else _NO_HOLDS for share in shares]),
-        "guards": _numbers([share.decided_version if share.guarded else UNGUARDED for share in shares]),
+        "needs": _numbers(map(_need, shares)),
+        "guards": _numbers(map(_guard, shares)),
         "decided": _numbers([share.decided_version for share in shares]),
     }
+
+
+def _alone_columns(share: Share) -> Columns:
+    return {
+        "vault": share.vault_id,
+        "need": _need(share),
+        "guard": _guard(share),
+        "decided_version": share.decided_version,
+    }
+
+
+def _need(share: Share) -> int:
+    return share.need if share.holds else _NO_HOLDS
+
+
+def _guard(share: Share) -> int:
+    return share.decided_version if share.guarded else UNGUARDED
 
 
 def _close_columns(closes: Sequence[tuple[int, CloseHold]]) -> Columns:
@@ -532,6 +811,14 @@ def _hold_columns(holds: Sequence[tuple[int, PlaceHold]]) -> Columns:
         "hold_amounts": _numbers([hold.amount for _, hold in holds]),
         "hold_versions": _numbers([each.price_version for each in charged]),
         "hold_ttls": _numbers([hold.ttl_seconds for _, hold in holds]),
+    }
+
+
+def _rated_columns(holds: Sequence[tuple[int, PlaceHold]], closes: Sequence[tuple[int, CloseHold]]) -> Columns:
+    return {
+        "hold_credits": _numbers([hold.credits for _, hold in holds]),
+        "close_credits": _numbers([close.credits for _, close in closes]),
+        "close_quantities": _numbers_or_null([close.delivery.quantity for _, close in closes]),
     }
 
 

@@ -111,7 +111,7 @@ async def process(bank: Bank) -> AsyncIterator[Process]:
     async with AsyncExitStack() as stack:
         database = await stack.enter_async_context(open_database(bank.dsn))
         line = await stack.enter_async_context(database.line(LINE_SETTINGS))
-        store = FaultyStore(database, line, clock, 10)
+        store = FaultyStore(database, line, clock, bank.ledger.ids.uuid7, 10)
         store.faults = []
         at = await stack.enter_async_context(running(store))
         billing = Billing(database, at.registry, clock, Ids(clock, os.urandom))
@@ -295,7 +295,7 @@ async def test_without_its_task_nothing_is_taken_and_what_is_under_way_is_unknow
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(one)
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 while not await bank.ledger.count("billing_requests"):  # noqa: ASYNC110 - another task's database
                     await trio.lowlevel.checkpoint()
             at.nursery.cancel_scope.cancel()

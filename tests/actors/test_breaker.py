@@ -1,9 +1,13 @@
 """Breakers: open on failures in a row, one trial at a time, and no call that ends badly wedges one."""
 
-from hypothesis import given
+from collections.abc import Iterable
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from callora.actors.breaker import TRIAL_SECONDS, Breaker, BreakerSettings, Ticket
+from callora.actors.breaker import TRIAL_SECONDS, Breaker, BreakerSettings, Figures, Ticket
 
 SETTINGS = BreakerSettings(failures=3, cooldown_seconds=30.0, successes=2)
 
@@ -110,7 +114,7 @@ def test_an_operators_trip_opens_it_and_its_cooldown_admits_a_trial() -> None:
 
 def test_an_operators_reset_closes_it_and_forgets_every_failure() -> None:
     breaker = opened()
-    breaker.reset()
+    breaker.reset(0.0)
     assert (breaker.state, breaker.failures, breaker.remaining(0.0)) == ("closed", 0, 0.0)
     for _ in range(SETTINGS.failures - 1):
         ticket(breaker, 0.0).end(False, 0.0)
@@ -121,7 +125,7 @@ def test_defect_39_a_trial_from_before_an_operator_stepped_in_neither_opens_clos
     for succeeded in (True, False, None):
         breaker = opened()
         trial = ticket(breaker, 30.0)
-        breaker.reset()
+        breaker.reset(0.0)
         trial.end(succeeded, 31.0)
         assert breaker.state == "closed"
         breaker.trip(40.0)
@@ -134,3 +138,149 @@ def test_defect_39_a_trial_from_before_an_operator_stepped_in_neither_opens_clos
         third.end(True, 101.0)
         ticket(breaker, 101.0).end(True, 101.0)
         assert breaker.state == "closed"
+
+
+# --- all histories ----------------------------------------------------------------------------------------------------
+
+STEPS = ("ask", "ok", "fail", "cancel", "ok last", "fail last", "wait", "cool", "trip", "reset")
+"""What may happen: somebody asks; the oldest or the latest call under way ends; time passes; an operator steps in."""
+
+
+class Told:
+    """The rules of a breaker once more, written down without thrift: what must hold, whatever happened."""
+
+    def __init__(self, rules: BreakerSettings) -> None:
+        self.settings = rules
+        self.state = "closed"
+        self.failed = self.succeeded = 0
+        self.opened_at = 0.0
+        self.era = 0
+        self.trial_under_way = False
+
+    def asked(self, now: float) -> bool:
+        """Tell whether somebody who asks now is let through."""
+        if self.state == "open" and now >= self.opened_at + self.settings.cooldown_seconds:
+            self.state, self.succeeded = "half_open", 0
+        if self.state == "half_open" and not self.trial_under_way:
+            self.trial_under_way = True
+            return True
+        return self.state == "closed"
+
+    def ended(self, how: str, trial: bool, era: int, now: float) -> None:
+        """Note how a call ended that was let through in this era."""
+        if era != self.era:
+            return
+        if trial:
+            self.trial_under_way = False
+            if how == "ok":
+                self.succeeded += 1
+                if self.succeeded == self.settings.successes:
+                    self.state, self.failed = "closed", 0
+            elif how == "fail":
+                self.open(now)
+        elif self.state == "closed" and how == "ok":
+            self.failed = 0
+        elif self.state == "closed" and how == "fail":
+            self.failed += 1
+            if self.failed == self.settings.failures:
+                self.open(now)
+
+    def open(self, now: float) -> None:
+        """Open."""
+        self.state, self.opened_at, self.failed = "open", now, 0
+
+    def operator(self, step: str, now: float) -> None:
+        """Note that an operator stepped in."""
+        self.era += 1
+        self.trial_under_way = False
+        if step == "trip":
+            self.open(now)
+        else:
+            self.state, self.failed = "closed", 0
+
+
+def live_through(history: Iterable[str], rules: BreakerSettings) -> None:
+    """Let a breaker live through a history beside the rules, and at the end show that it is not wedged."""
+    breaker, told, now = Breaker(rules), Told(rules), 0.0
+    under_way: list[tuple[Ticket, int]] = []
+    ends = {"ok": True, "fail": False, "cancel": None}
+    successes = failures = 0
+    for step in history:
+        how, _, last = step.partition(" ")
+        if step == "ask":
+            admitted = breaker.admit(now)
+            assert isinstance(admitted, Ticket) == told.asked(now)
+            if isinstance(admitted, Ticket):
+                under_way.append((admitted, told.era))
+            else:
+                assert admitted > 0
+        elif how in ends and under_way:
+            one, era = under_way.pop(-1 if last else 0)
+            one.end(ends[how], now)
+            one.end(not ends[how], now)
+            told.ended(how, one.trial, era, now)
+            successes += how == "ok"
+            failures += how == "fail"
+        elif step in ("wait", "cool"):
+            now += rules.cooldown_seconds * (1.0 if step == "cool" else 0.4)
+        elif step == "trip":
+            breaker.trip(now)
+            told.operator(step, now)
+        elif step == "reset":
+            breaker.reset(now)
+            told.operator(step, now)
+        assert breaker.state == told.state
+        trials = [each for each, era in under_way if each.trial and era == told.era]
+        assert len(trials) <= 1
+    figures = breaker.figures
+    assert (figures.total_successes, figures.total_failures) == (successes, failures)
+    assert figures.consecutive_failures == 0 or figures.consecutive_successes == 0
+    # However the calls under way end, or even if they were lost with their tasks' cancellation, trials go on.
+    for one, _ in under_way:
+        one.end(None, now)
+    for _ in range(rules.successes):
+        now += rules.cooldown_seconds
+        ticket(breaker, now).end(True, now)
+    assert breaker.state == "closed"
+
+
+@pytest.mark.parametrize(("failures", "successes"), [(1, 1), (2, 1), (2, 2)])
+def test_every_short_history_ends_in_the_state_that_the_rules_say(failures: int, successes: int) -> None:
+    rules = BreakerSettings(failures=failures, cooldown_seconds=10.0, successes=successes)
+    for history in product(STEPS, repeat=4):
+        live_through(("ask", "fail", *history), rules)
+
+
+@settings(max_examples=500)
+@given(st.lists(st.sampled_from(STEPS), max_size=200), st.integers(1, 4), st.integers(1, 3))
+def test_every_long_history_ends_in_the_state_that_the_rules_say(
+    history: list[str], failures: int, successes: int
+) -> None:
+    live_through(history, BreakerSettings(failures, 10.0, successes))
+
+
+@pytest.mark.proof
+def test_all_histories_of_six_steps() -> None:
+    for history in product(STEPS, repeat=6):
+        live_through(history, BreakerSettings(failures=2, cooldown_seconds=10.0, successes=1))
+
+
+def test_figures_tell_what_was_seen_and_when() -> None:
+    breaker = Breaker(SETTINGS)
+    assert (breaker.figures.last_failure_at, breaker.figures.last_change_at) == (None, None)
+    for now in (1.0, 2.0, 3.0):
+        ticket(breaker, now).end(False, now)
+    assert breaker.figures == Figures(
+        state="open",
+        consecutive_failures=3,
+        consecutive_successes=0,
+        total_failures=3,
+        total_successes=0,
+        last_failure_at=3.0,
+        last_change_at=3.0,
+    )
+    for now in (40.0, 41.0):
+        ticket(breaker, now).end(True, now)
+    found = breaker.figures
+    assert (found.state, found.consecutive_failures, found.consecutive_successes) == ("closed", 0, 2)
+    assert (found.total_failures, found.last_failure_at, found.last_change_at) == (3, 3.0, 41.0)

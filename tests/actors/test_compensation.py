@@ -13,8 +13,9 @@ from callora.ledger.faults import CalloraFault
 from callora.ledger.ids import VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import HoldPlaced
+from callora.service import SystemClock
 from tests.simulation.store import Fate, Scripted, SimulatedStore, Tables
-from tests.simulation.support import OTHER_VAULT, VAULT, Running, captured, event, place, running
+from tests.simulation.support import IDS, OTHER_VAULT, VAULT, Running, captured, event, place, running
 
 
 @attrs.frozen
@@ -35,7 +36,7 @@ class Bench:
     async def until_done(self) -> None:
         """Return when nothing is left to undo."""
         with trio.fail_after(1000):
-            while self.compensator._pending:  # noqa: ASYNC110
+            while self.compensator.pending:  # noqa: ASYNC110
                 await trio.sleep(PAUSE_SECONDS)
 
 
@@ -47,7 +48,7 @@ async def bench(**fates: list[Fate]) -> AsyncIterator[Bench]:
     tables.add_vault(OTHER_VAULT, 100)
     store = SimulatedStore(tables, Scripted(**fates))
     async with running(store) as at:
-        compensator = Compensator(at.registry, at.log.logger())
+        compensator = Compensator(at.registry, SystemClock(), IDS, at.log.logger())
         await at.nursery.start(compensator.run)
         yield Bench(store, at, compensator)
         at.registry_scope.cancel()

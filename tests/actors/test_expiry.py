@@ -1,5 +1,6 @@
 """The sweep on a real PostgreSQL: it ends what is due, once, whoever placed it."""
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -11,7 +12,7 @@ from callora.actors.expiry import ExpirySweep
 from callora.actors.registry import VaultRegistry
 from callora.ledger.commands import CloseHold, ExtendHold, PlaceHold, capture
 from callora.ledger.faults import StoreUnavailable
-from callora.ledger.ids import EventId, VaultId
+from callora.ledger.ids import EventId, Ids, VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import HoldClosed, HoldNotOpen
 from callora.store.bridge import Database, open_database
@@ -46,7 +47,7 @@ class Sweeping:
 async def sweeping(url: str, clock: TestClock) -> AsyncIterator[Sweeping]:
     """Run a process with its own pool, line, writer and registry, and a sweep that only the test starts."""
     async with open_database(url) as database, database.line(LINE_SETTINGS) as line:
-        async with running(VaultStore(database, line, clock, 5)) as at:
+        async with running(VaultStore(database, line, clock, Ids(clock, os.urandom).uuid7, 5)) as at:
             sweep = ExpirySweep(database, at.registry, clock, METRICS, QUIET, interval_seconds=10, commit_seconds_max=5)
             yield Sweeping(sweep, at.registry)
 
@@ -89,6 +90,16 @@ async def test_a_sweep_ends_exactly_what_is_due(ledger: RealLedger, database_url
         assert await process.sweep.sweep() == 1
         assert await process.sweep.sweep() == 0
     assert await ledger.balance(vault_id) == (100, 0)
+
+
+async def test_how_overdue_a_hold_was_when_it_was_found_is_shown(ledger: RealLedger, database_url: str) -> None:
+    vault_id = await ledger.vault(100)
+    await held(ledger, vault_id)
+    async with sweeping(database_url, ledger.clock) as process:
+        for seconds, overdue in ((TTL - 1, 0), (8, 7), (1, 0)):
+            ledger.clock.advance(seconds)
+            await process.sweep.sweep()
+            assert process.sweep._metrics.registry.get_sample_value("callora_hold_overdue_seconds") == overdue
 
 
 async def test_a_process_that_starts_finds_the_holds_of_one_that_crashed(ledger: RealLedger, database_url: str) -> None:

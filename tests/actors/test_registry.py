@@ -1,7 +1,6 @@
 """The registry: what it refuses, how it retires, drains, and fails closed."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import attrs
 import pytest
@@ -11,7 +10,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from callora.actors import registry
 from callora.actors.mailbox import Envelope
 from callora.actors.registry import FAILED_CLOSED_SECONDS, IDLE_SECONDS, RESTARTS_MAX, SWEEP_SECONDS
-from callora.ledger.commands import Deposit, PlaceHold
+from callora.ledger.commands import CloseHold, Deposit, PlaceHold
 from callora.ledger.faults import CalloraFault, OutcomeUnknown, StoreUnavailable
 from callora.ledger.ids import VaultId
 from callora.ledger.money import Stroops
@@ -44,11 +43,17 @@ class Switch:
 
     on: bool = True
 
-    def refuse(self, state: VaultState, command: PlaceHold) -> PolicyRefused | None:
+    def refuse(self, command: PlaceHold) -> PolicyRefused | None:
         """Crash, or allow."""
         if self.on:
             raise ZeroDivisionError
         return None
+
+    def place(self, command: PlaceHold) -> None:
+        """Count nothing."""
+
+    def close(self, command: CloseHold) -> None:
+        """Count nothing."""
 
 
 @attrs.frozen
@@ -57,11 +62,17 @@ class CrashesAt:
 
     hold: PlaceHold
 
-    def refuse(self, state: VaultState, command: PlaceHold) -> PolicyRefused | None:
+    def refuse(self, command: PlaceHold) -> PolicyRefused | None:
         """Crash, or allow."""
         if command == self.hold:
             raise ZeroDivisionError
         return None
+
+    def place(self, command: PlaceHold) -> None:
+        """Count nothing."""
+
+    def close(self, command: CloseHold) -> None:
+        """Count nothing."""
 
 
 async def outcome_of(envelope: Envelope) -> str:
@@ -257,8 +268,8 @@ async def test_before_it_runs_and_after_it_was_cancelled_nothing_is_taken(autoju
 async def test_past_the_restart_intensity_a_vault_fails_closed_and_then_recovers(autojump_clock: MockClock) -> None:
     store, switch = store_with(), Switch()
 
-    def policies(vault_id: Any) -> list[Switch]:
-        return [switch] if vault_id == VAULT else []
+    def policies(state: VaultState) -> list[Switch]:
+        return [switch] if state.vault_id == VAULT else []
 
     async with running(store, policies=policies) as at:
         for number in range(RESTARTS_MAX):
@@ -293,7 +304,7 @@ async def test_a_vault_that_fails_closed_answers_all_it_has_even_what_is_with_th
         switch.on = False
         store.gate = trio.Event()
         crash = PlaceHold(event(200), Stroops(1), 60, CHARGED)
-        at.registry._actors[VAULT]._policies = [CrashesAt(crash)]
+        store.policies = lambda _: [CrashesAt(crash)]
         with_the_writer = [at.send(place(3, 1)), at.send(captured(1, 1)), at.send(captured(2, 1))]
         in_hand = [at.send(released(3, 1)), at.send(crash), at.send(released(200, 1))]
         await wait_all_tasks_blocked()
@@ -318,8 +329,8 @@ async def test_rare_crashes_never_close_a_vault(autojump_clock: MockClock) -> No
 async def test_a_crash_between_two_vaults_rounds_reaches_only_its_own(autojump_clock: MockClock) -> None:
     store, switch = store_with(), Switch()
 
-    def policies(vault_id: Any) -> list[Switch]:
-        return [switch] if vault_id == VAULT else []
+    def policies(state: VaultState) -> list[Switch]:
+        return [switch] if state.vault_id == VAULT else []
 
     async with running(store, policies=policies) as at:
         theirs = [at.send(place(number, 1), OTHER_VAULT) for number in range(10)]

@@ -36,7 +36,7 @@ async def test_a_database_without_the_tables_is_waited_for(empty_database_url: s
     async with open_database(empty_database_url) as database, trio.open_nursery() as nursery:
         rollup = Rollup(database, TestClock(), Metrics(), log.logger(), interval_seconds=0.001)
         await nursery.start(rollup.run)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while log.events.count("rollup_failed") < 2:  # noqa: ASYNC110 - the log sets no event
                 await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()

@@ -13,6 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from callora.actors.mailbox import Envelope
 from callora.actors.vault import CLOSE_RETRY_SECONDS
 from callora.ledger.commands import (
+    CloseHold,
     Command,
     Deposit,
     ExtendHold,
@@ -39,8 +40,8 @@ from callora.ledger.outcomes import (
     VaultMissing,
 )
 from callora.ledger.rounds import Share
-from callora.ledger.vault import HoldPolicy, VaultState
-from tests.simulation.store import EventRow, Fate, Scripted, SimulatedStore, Tables
+from callora.ledger.vault import HoldPolicy
+from tests.simulation.store import EventRow, Fate, Policies, Scripted, SimulatedStore, Tables
 from tests.simulation.support import OTHER_VAULT, VAULT, Running, captured, event, place, released, running
 
 CONFLICTS: list[Fate] = ["conflict"] * 100
@@ -208,7 +209,7 @@ async def test_a_loser_decides_again_on_what_is_there_now(autojump_clock: MockCl
 
 async def test_who_lost_twice_goes_through_a_locked_round_and_succeeds(autojump_clock: MockClock) -> None:
     store = store_with(100)
-    async with running(store, policies=lambda _: [NoMoreThan(1000)]) as at:
+    async with running(store, policies=no_more_than(1000)) as at:
         spend_behind_its_back(store, 100)
         assert isinstance(await at.ask(place(1, 50)), HoldPlaced)
         assert isinstance(await at.ask(captured(1, 50)), HoldClosed)
@@ -218,26 +219,40 @@ async def test_who_lost_twice_goes_through_a_locked_round_and_succeeds(autojump_
 
 async def test_who_lost_twice_may_still_be_refused(autojump_clock: MockClock) -> None:
     store = store_with(100)
-    async with running(store, policies=lambda _: [NoMoreThan(1000)]) as at:
+    async with running(store, policies=no_more_than(1000)) as at:
         spend_behind_its_back(store, 2, 30)
         assert await at.ask(place(1, 50)) == InsufficientFunds(Stroops(50), Stroops(40))
 
 
-@attrs.frozen
+@attrs.define
 class NoMoreThan:
     """A policy: what is held stays within a bound."""
 
+    bound: int
     held: int
 
-    def refuse(self, state: VaultState, command: PlaceHold) -> PolicyRefused | None:
+    def refuse(self, command: PlaceHold) -> PolicyRefused | None:
         """Return why not, or None."""
-        return PolicyRefused("BOUND", {}) if state.held + command.amount > self.held else None
+        return PolicyRefused("BOUND", {}) if self.held + command.amount > self.bound else None
+
+    def place(self, command: PlaceHold) -> None:
+        """Count a hold."""
+        self.held += command.amount
+
+    def close(self, command: CloseHold) -> None:
+        """Count the end of one."""
+        self.held -= command.held_amount
+
+
+def no_more_than(bound: int) -> Policies:
+    """Return the policies of vaults that may hold no more than this."""
+    return lambda state: [NoMoreThan(bound, state.held)]
 
 
 async def test_what_was_decided_ahead_of_a_lost_share_loses_too(autojump_clock: MockClock) -> None:
     store = store_with(100)
     store.gate = trio.Event()
-    async with running(store, policies=lambda _: [NoMoreThan(60)]) as at:
+    async with running(store, policies=no_more_than(60)) as at:
         # Another process holds 50, which makes the very version that ours was to make.
         def another() -> None:
             store.before_commit = lambda: None
@@ -258,9 +273,9 @@ async def test_what_was_decided_ahead_of_a_lost_share_loses_too(autojump_clock: 
 
 async def test_a_policy_never_counts_on_a_close_that_finds_nothing(autojump_clock: MockClock) -> None:
     store = store_with(100)
-    async with running(store, policies=lambda _: [NoMoreThan(60)]) as at:
+    async with running(store, policies=no_more_than(60)) as at:
         await at.ask(place(1, 60))
-        envelopes = [at.send(released(77, 60)), at.send(place(2, 60))]
+        envelopes = [at.send(released(77, 60)), at.send(place(2, 40))]
         assert await envelopes[0].reply.wait() == HoldNotOpen(None)
         assert await envelopes[1].reply.wait() == PolicyRefused("BOUND", {})
     assert balance(store) == (40, 60)
@@ -293,7 +308,7 @@ async def test_an_abandoned_hold_that_is_released_never_stays_open(
     calm: list[Fate] = ["ok"] * (2 + lost)
     rounds = [*calm, fate]
     store = store_with(5 if doubted else 100, round=rounds[:4], locked_round=[fate])
-    async with running(store, policies=lambda _: [NoMoreThan(1000)]) as at:
+    async with running(store, policies=no_more_than(1000)) as at:
         await at.ask(place(99, 5))
         await at.ask(released(99, 5))
         if doubted:  # the cached state would refuse it, the stored one does not
@@ -428,7 +443,7 @@ async def test_a_capture_that_the_database_refuses_is_refused_at_once_and_alone(
 async def test_callers_hear_of_two_faults_only(autojump_clock: MockClock, verb: str) -> None:
     fates: dict[str, Sequence[Fate]] = {verb: [*CONFLICTS[:4], "refused", "conflict", "ok"]}
     store = store_with(100, **fates)
-    async with running(store, policies=lambda _: [NoMoreThan(1000)]) as at:
+    async with running(store, policies=no_more_than(1000)) as at:
         for told in ("StoreUnavailable", "StoreUnavailable", None):
             if verb == "locked_round":
                 spend_behind_its_back(store, 2, 0)
@@ -498,7 +513,7 @@ async def test_a_key_whose_hold_was_refused_or_failed_is_free_again(autojump_clo
 
 async def test_a_hold_that_loses_keeps_its_key_against_those_after_it(autojump_clock: MockClock) -> None:
     store = store_with(100, load=["ok", "unavailable"])
-    async with running(store, policies=lambda _: [NoMoreThan(1000)]) as at:
+    async with running(store, policies=no_more_than(1000)) as at:
         spend_behind_its_back(store, 1)
         store.gate = trio.Event()
         first = at.send(place(1, 10, key="k"))
@@ -524,11 +539,17 @@ class Crashes:
 
     numbers: set[int]
 
-    def refuse(self, state: VaultState, command: PlaceHold) -> PolicyRefused | None:
+    def refuse(self, command: PlaceHold) -> PolicyRefused | None:
         """Crash, or allow."""
         if command.event_id in {event(number) for number in self.numbers}:
             raise ZeroDivisionError
         return None
+
+    def place(self, command: PlaceHold) -> None:
+        """Count nothing."""
+
+    def close(self, command: CloseHold) -> None:
+        """Count nothing."""
 
 
 def crashing(*numbers: int) -> Any:
@@ -554,7 +575,7 @@ async def test_a_crash_at_every_step_restarts_the_actor(autojump_clock: MockCloc
     if verb == "find":
         fates["round"] = ["ok", "unknown_stored"]
     store = store_with(100, **fates)
-    async with running(store, policies=lambda _: [NoMoreThan(1000)]) as at:
+    async with running(store, policies=no_more_than(1000)) as at:
         if verb == "locked_round":
             spend_behind_its_back(store, 2)
         if verb == "find":

@@ -277,6 +277,8 @@ async def test_a_client_cannot_choose_its_own_address(database_url: str, header:
         (["10.0.0.1", "192.0.2.7"], "200"),
         (["192.0.2.7, 10.0.0.1"], "IP_NOT_ALLOWED"),
         (["192.0.2.7", "10.0.0.1"], "IP_NOT_ALLOWED"),
+        (["::ffff:192.0.2.7"], "200"),
+        (["::ffff:192.0.2.8"], "IP_NOT_ALLOWED"),
         (["nonsense"], "IP_NOT_ALLOWED"),
         ([], "IP_NOT_ALLOWED"),
     ],
@@ -291,6 +293,52 @@ async def test_behind_one_trusted_proxy_the_address_is_the_last_that_it_wrote(
         consumer = await ready(service, upstream)
         await service.database.execute("UPDATE api_keys SET allowed_cidrs = '{192.0.2.7/32}'")
         headers = [*consumer.headers, *(("X-Forwarded-For", value) for value in forwarded)]
+        assert code(await call(service.port, "GET", PATH, headers)) == expected
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "expected"),
+    [
+        (["192.0.2.7, 10.0.0.1"], "200"),
+        (["192.0.2.7", "10.0.0.1"], "200"),
+        (["192.0.2.7, 203.0.113.9, 10.0.0.1"], "IP_NOT_ALLOWED"),
+        (["192.0.2.7"], "IP_NOT_ALLOWED"),
+        (["192.0.2.7, 192.0.2.7, 192.0.2.8, 10.0.0.1"], "IP_NOT_ALLOWED"),
+    ],
+)
+async def test_wa13_behind_two_trusted_proxies_what_a_client_made_up_counts_for_nothing(
+    database_url: str, forwarded: list[str], expected: str
+) -> None:
+    async with (
+        running_service(database_url, {"TRUSTED_PROXY_COUNT": "2"}) as service,
+        raw_upstream(respond()) as upstream,
+    ):
+        consumer = await ready(service, upstream)
+        await service.database.execute("UPDATE api_keys SET allowed_cidrs = '{192.0.2.7/32}'")
+        headers = [*consumer.headers, *(("X-Forwarded-For", value) for value in forwarded)]
+        assert code(await call(service.port, "GET", PATH, headers)) == expected
+
+
+@pytest.mark.parametrize(
+    ("networks", "expected"),
+    [
+        (["192.168.1.0/24"], "200"),
+        (["192.168.1.77"], "200"),
+        (["10.0.0.0/8", "2001:db8::/32", "192.168.0.0/16"], "200"),
+        (["192.168.2.0/24"], "IP_NOT_ALLOWED"),
+        (["::/0"], "IP_NOT_ALLOWED"),
+    ],
+)
+async def test_a15_a_list_of_addresses_takes_networks_and_single_ones(
+    database_url: str, networks: list[str], expected: str
+) -> None:
+    async with (
+        running_service(database_url, {"TRUSTED_PROXY_COUNT": "1"}) as service,
+        raw_upstream(respond()) as upstream,
+    ):
+        consumer = await ready(service, upstream)
+        await service.database.execute("UPDATE api_keys SET allowed_cidrs = $1::text[]::cidr[]", networks)
+        headers = [*consumer.headers, ("X-Forwarded-For", "192.168.1.77")]
         assert code(await call(service.port, "GET", PATH, headers)) == expected
 
 

@@ -271,7 +271,7 @@ async def test_an_export_imported_by_another_is_the_same_api_without_its_secrets
         assert exported.status == 200
         assert "secret" not in json.dumps(exported.body)
         assert exported.body["endpoints"][0]["prices_ahead"] == [
-            {"price_per_call_usdc": "0.3000000", "effective_from": date}
+            {"price_per_call_usdc": "0.3000000", "rate_card": None, "effective_from": date}
         ], "a version that another of its date replaced is not told"
         imported = await made.eve.ask("POST", "/api/apis/import", exported.body)
         assert imported.status == 201, imported.body

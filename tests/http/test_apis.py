@@ -44,6 +44,7 @@ async def test_an_api_is_registered_whole_and_shown_to_its_owner(database_url: s
             "path": "/now",
             "method": "GET",
             "price_per_call_usdc": "0.0100000",
+            "rate_card": None,
             "next_price": None,
             "description": None,
             "billable_statuses": "2xx",

@@ -22,7 +22,7 @@ from callora.http.gateway.bodies import (
 from callora.http.gateway.heads import BadHead, RequestHead, find_head_end, parse_request
 from tests.http.attacks import ATTACKS, DEFAULT_PATH, Attack
 
-quick = settings(max_examples=300, deadline=None, database=None)
+quick = settings(max_examples=300, database=None)
 BODY_LIMIT = 10 * 1024 * 1024
 
 

@@ -1,6 +1,6 @@
 """Staleness: what the gateway keeps of keys, APIs and prices is at most a second old, or it is not used."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
@@ -8,11 +8,13 @@ import pytest
 import structlog
 import trio
 
+import callora.service
 from callora.actors.catalogue import STALE_SECONDS, Catalogue
 from callora.ledger.ids import ApiKeyId
 from callora.ledger.keys import KeyRecord
 from callora.ledger.money import parse_usdc
 from callora.metrics import Metrics
+from callora.service import SystemClock
 from callora.store.bridge import Database, open_database
 from callora.store.embedded import EmbeddedPostgres
 from callora.store.reads.gateway import Reads
@@ -28,13 +30,13 @@ async def ready(service: RunningService, upstream: RawUpstream) -> Consumer:
     return await service.consumer("10")
 
 
-async def used(_: list[ApiKeyId]) -> None:
+async def used(_: Sequence[ApiKeyId]) -> None:
     await trio.lowlevel.checkpoint()
 
 
 def catalogue_on(database: Database) -> Catalogue:
     """Return a catalogue that looks at changes only when it is told to."""
-    return Catalogue(Reads(database), Metrics(), structlog.get_logger(), 3600, used)
+    return Catalogue(Reads(database), Metrics(), structlog.get_logger(), 3600, used, SystemClock())
 
 
 @asynccontextmanager
@@ -121,6 +123,10 @@ async def test_while_the_database_is_away_nothing_kept_is_served_and_nothing_is_
         consumer = await ready(service, upstream)
         assert (await call(service.port, "GET", PATH, consumer.headers)).status == 200
         async with database_away(postgres_server, database_url):
+            # What is sent on a connection that is ending in this moment has an unknown outcome, and is told so.
+            with watchdog("the ends of the connections to be seen"):
+                while (response := await call(service.port, "GET", PATH, consumer.headers)).status == 504:
+                    assert response.json()["code"] == "OUTCOME_UNKNOWN"
             for _ in range(5):
                 response = await call(service.port, "GET", PATH, consumer.headers)
                 assert (response.status, response.json()["code"]) == (503, "SERVICE_UNAVAILABLE")
@@ -197,3 +203,15 @@ async def test_who_slept_past_the_changes_that_are_told_keeps_nothing(database_u
         key = await look(catalogue, consumer)
         assert key is not None
         assert key.disabled
+
+
+async def test_when_a_key_was_last_used_is_noted(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callora.service, "KEY_USE_SECONDS", 0.01)
+    async with running_service(database_url) as service, raw_upstream(respond()) as upstream:
+        consumer = await ready(service, upstream)
+        asked = "SELECT last_used_at FROM api_keys WHERE api_key_id = $1"
+        assert await service.database.fetch_value(asked, consumer.api_key_id) is None
+        assert (await call(service.port, "GET", PATH, consumer.headers)).status == 200
+        with watchdog("the use of the key to be noted"):
+            while await service.database.fetch_value(asked, consumer.api_key_id) is None:  # noqa: ASYNC110 - a job does
+                await trio.lowlevel.checkpoint()

@@ -110,7 +110,11 @@ async def test_a_price_dated_ahead_is_announced_and_takes_effect_at_its_date(dat
         date = clock.now().replace(microsecond=0) + timedelta(seconds=2)
         told = await made.ada.ask("PATCH", place, {"price_per_call_usdc": "0.05", "effective_from": iso(date)})
         assert (told.status, told.body["price_per_call_usdc"]) == (200, "0.0100000")
-        assert told.body["next_price"] == {"price_per_call_usdc": "0.0500000", "effective_from": iso(date)}
+        assert told.body["next_price"] == {
+            "price_per_call_usdc": "0.0500000",
+            "effective_from": iso(date),
+            "rate_card": None,
+        }
         shown = (await made.anyone.ask("GET", "/api/apis/weather")).body["endpoints"][0]
         assert shown["next_price"] == told.body["next_price"], "callers are told before they pay it"
         charges, began = [], clock.now()

@@ -21,7 +21,7 @@ from callora.http.gateway.heads import (
     parse_response,
 )
 
-quick = settings(max_examples=400, deadline=None, database=None)
+quick = settings(max_examples=400, database=None)
 
 
 def request(*fields: bytes, line: bytes = b"POST /v1/call/a HTTP/1.1", host: bool = True) -> RequestHead:

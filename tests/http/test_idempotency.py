@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from callora.actors.mailbox import Envelope
+from callora.http.gateway import calls
 from callora.http.gateway.calls import Call, CallFlow
 from callora.ledger.commands import Delivery, StoredAnswer, release
 from callora.ledger.money import parse_usdc
@@ -67,7 +68,7 @@ def lasting(response: RawResponse) -> tuple[int, bytes, list[tuple[str, str]]]:
     return response.status, response.body, headers
 
 
-async def test_fifty_duplicates_at_once_are_one_call_and_one_charge(database_url: str) -> None:
+async def test_wa11_fifty_duplicates_at_once_are_one_call_and_one_charge(database_url: str) -> None:
     gate = trio.Event()
     answer = respond(201, [("Content-Type", "text/plain"), ("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")], b"only once")
     async with running_service(database_url) as service, raw_upstream(gated(gate, answer)) as upstream:
@@ -341,3 +342,17 @@ async def test_a_retry_of_a_client_that_left_before_the_answer_is_a_new_attempt(
         upstream.handler = respond(body=b"x")
         assert (await call(service.port, "GET", PATH, keyed(consumer))).body == b"x"
         assert await service.balance(consumer) == (parse_usdc("0.99"), 0)
+
+
+async def test_a_call_whose_body_took_long_is_placed_under_a_young_id(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "NAMED_SECONDS_MAX", -1.0)
+    async with running_service(database_url) as service, raw_upstream(respond(body=b"once")) as upstream:
+        consumer = await ready(service, upstream)
+        first = await call(service.port, "POST", PATH, keyed(consumer), b"x")
+        again = await call(service.port, "POST", PATH, keyed(consumer), b"x")
+        assert (first.status, again.header("Idempotent-Replayed")) == (200, "true")
+        rows = await service.database.fetch("SELECT event_id FROM usage_events")
+    assert len(rows) == 1
+    assert str(rows[0]["event_id"]) != first.header("X-Request-Id")

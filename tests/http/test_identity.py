@@ -340,6 +340,7 @@ def authenticator(
         tokens=TokenSettings(SecretStr(secret), None, None) if secret else None,
         admin_key=SecretStr(admin_key) if admin_key else None,
         admin_networks=tuple(map(ip_network, networks)),
+        service_token=None,
         user_header_allowed=False,
         people=PEOPLE,
         clock=SystemClock(),

@@ -100,7 +100,8 @@ async def test_the_command_line_revokes_by_a_former_secrets_prefix_as_well(datab
     async with key_shop(database_url) as it:
         made = await it.key()
         await it.ada.ask("POST", f"/api/keys/{id_of(made)}/regenerate", {"graceSeconds": 600})
-        (revoked,) = await revoke_keys(it.service.database, made.body["key"][:16], datetime.now(UTC))
+        new_id = it.service.context.ids.uuid7
+        (revoked,) = await revoke_keys(it.service.database, made.body["key"][:16], datetime.now(UTC), new_id)
         assert str(revoked["api_key_id"]) == id_of(made)
 
 

@@ -332,7 +332,7 @@ async def test_a_key_keeps_an_api_that_was_withdrawn_and_takes_no_new_one_of_tha
         assert (await it.ada.ask("PATCH", path, {"allowedApis": [it.api_id, other]})).wrong == ["body.allowedApis[1]"]
 
 
-async def test_a_key_can_be_narrowed_to_an_endpoint(database_url: str) -> None:
+async def test_a14_a_key_can_be_narrowed_to_an_endpoint(database_url: str) -> None:
     async with key_shop(database_url) as it, raw_upstream(respond()) as upstream:
         priced = [PricedEndpoint("GET", path, parse_usdc("0.01")) for path in ("/a", "/b")]
         await it.service.api("two", upstream.url, priced)

@@ -296,3 +296,17 @@ async def test_logins_are_throttled_by_address_and_ordinary_use_is_not(database_
             assert await alive(mine.person)
         told = await anonymous(client).ask("POST", "/api/auth/revoke", {"refreshToken": mine.refresh_token})
         assert told.status == 204
+
+
+async def test_a_wallet_logs_in_on_the_network_that_is_configured_and_on_no_other(database_url: str) -> None:
+    sandbox = "A Sandbox ; of our own"
+    async with login_service(database_url, STELLAR_NETWORK_PASSPHRASE=sandbox) as (_, client):
+        wallet = Wallet()
+        told = await ask_challenge(client, wallet)
+        assert told.body["network_passphrase"] == sandbox
+        unsigned = told.body["transaction"]
+        wrong = wallet.sign_transaction(unsigned, Network.TESTNET_NETWORK_PASSPHRASE)
+        assert (await post_challenge(client, wrong)).status == 401
+        assert (await post_challenge(client, wallet.sign_transaction(unsigned, sandbox))).status == 200
+        stated = tomllib.loads((await client.get("/.well-known/stellar.toml")).text)
+        assert stated["NETWORK_PASSPHRASE"] == sandbox

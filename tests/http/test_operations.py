@@ -32,6 +32,8 @@ from callora.logs import Logs
 from callora.metrics import Metrics
 from callora.service import SystemClock
 
+TOKEN = "a-service-token-of-forty-characters-----"
+
 
 class ById(Form):
     thingId: ApiNumber
@@ -52,6 +54,8 @@ class House:
     app: QuartTrio
     operations: list[Operation]
     audited: list[tuple[str, str, int]]
+    services: list[tuple[str, int]]
+    """Accesses by services that were counted."""
 
     async def ask(
         self, method: str, path: str, headers: Mapping[str, str] | None = None, data: bytes | None = None
@@ -129,6 +133,13 @@ def routes() -> Routes:
         await trio.lowlevel.checkpoint()
         return Answer(Thing(id=1, name="many", by=None))
 
+    @made.add("POST", "/api/served", access=Access.SERVICE, query=PageQuery, answers={200: Thing}, audited=True)
+    async def serve_thing(ask: Ask[Any, Any, Any]) -> Answer:
+        """For services."""
+        await trio.lowlevel.checkpoint()
+        assert ask.identity is not None
+        return Answer(Thing(id=1, name="served", by=ask.identity.actor))
+
     @made.add("GET", "/api/text", access=Access.PUBLIC, answers={200: Text("text/csv", "Lines")})
     async def get_text(_: Ask[Any, Any, Any]) -> Answer:
         """Lines."""
@@ -140,14 +151,18 @@ def routes() -> Routes:
 
 def house(rules: tuple[PaceRule, ...] = ()) -> House:
     logs = Logs(SystemClock(), level="critical", stream=io.StringIO())
-    settings = load_settings({"APP_ENV": "test", "ADMIN_API_KEY": "the-admin-key"})
+    settings = load_settings({"APP_ENV": "test", "ADMIN_API_KEY": "the-admin-key", "INTERNAL_SERVICE_TOKEN": TOKEN})
     audited: list[tuple[str, str, int]] = []
+    services: list[tuple[str, int]] = []
 
     async def audit(
         identity: Identity | None, operation: Operation, _: Exchange, status: int, __: Mapping[str, str]
     ) -> None:
         await trio.lowlevel.checkpoint()
         audited.append((identity.actor if identity else "unknown", operation.operation_id, status))
+
+    def counted(operation: str, status: int) -> None:
+        services.append((operation, status))
 
     deps = RestDeps(
         settings=settings,
@@ -162,13 +177,14 @@ def house(rules: tuple[PaceRule, ...] = ()) -> House:
         tokens=None,
         admin_key=settings.admin_api_key,
         admin_networks=(),
+        service_token=settings.internal_service_token,
         user_header_allowed=True,
         people=People(subject, alive),
         clock=SystemClock(),
     )
     operations = routes().operations
-    app = create_app(deps, operations, Doors(authenticator, RestLimiter(rules).admit, audit))
-    return House(app, operations, audited)
+    app = create_app(deps, operations, Doors(authenticator, RestLimiter(rules).admit, audit, counted))
+    return House(app, operations, audited, services)
 
 
 JSON = {"Content-Type": "application/json", "X-User-Id": "ann"}
@@ -220,6 +236,35 @@ async def test_an_unchanged_answer_is_304_without_a_body() -> None:
         status, headers, empty = await made.ask("GET", "/api/things/7", {"If-None-Match": condition})
         assert (status, empty, headers["etag"]) == (304, b"", tag)
     assert (await made.ask("GET", "/api/things/8", {"If-None-Match": tag}))[0] == 200
+
+
+async def test_every_access_of_a_service_is_counted_and_audited_where_the_operation_says_so() -> None:
+    made = house((PaceRule("rest", ("/api/served",), 2, 60.0),))
+    good = {"Authorization": f"Bearer {TOKEN}"}
+    for _ in range(5):
+        status, _, body = await made.ask("POST", "/api/served", good)
+        assert (status, body["by"]) == (200, "service-token"), "a service speaks for many, and is not paced"
+    assert (await made.ask("POST", "/api/served?limit=0", good))[0] == 400
+    for headers in (
+        {},
+        {"X-Service-Token": TOKEN},
+        {"X-Admin-Api-Key": "the-admin-key"},
+        {"X-User-Id": "ann"},
+        {"Authorization": TOKEN},
+        {"Authorization": f"Basic {TOKEN}"},
+        {"Authorization": f"Bearer {TOKEN}x"},
+        {"Authorization": "Bearer"},
+    ):
+        status, got, body = await made.ask("POST", "/api/served", headers)
+        assert (status, body["code"]) in ((401, "UNAUTHORIZED"), (429, "TOO_MANY_REQUESTS"))
+        assert TOKEN not in json.dumps(body) + str(got)
+    assert (status, body["details"]["limitedBy"]) == (429, "rest"), "whoever guesses is paced"
+    statuses = [200] * 5 + [400] + [401] * 2 + [429] * 6
+    assert made.services == [("serve_thing", each) for each in statuses]
+    assert made.audited == [("service-token" if each < 401 else "unknown", "serve_thing", each) for each in statuses]
+    for method, path in (("POST", "/api/things"), ("DELETE", "/api/things/1")):
+        status, _, body = await made.ask(method, path, good)
+        assert (status, body["code"]) == (401, "INVALID_TOKEN"), "it opens nothing else"
 
 
 async def test_every_access_of_an_operator_is_audited_whatever_came_of_it() -> None:

@@ -249,6 +249,8 @@ async def test_a_person_is_shown_with_vaults_and_keys(database_url: str) -> None
             "plan": "enterprise",
             "balance_usdc": "1.5000000",
             "held_usdc": "0.0000000",
+            "owed_usdc": "0.0000000",
+            "arrears_since": None,
             "standing": "active",
             "created_at": "",
         }
@@ -312,7 +314,14 @@ async def test_a_breaker_is_seen_tripped_and_reset(database_url: str) -> None:
             return response.status_code
 
         assert (await operator.ask("GET", "/api/admin/circuit-breakers")).body["data"] == []
-        closed = {"apiId": api_id, "state": "closed", "failures": 0, "retryAfterSeconds": 0.0, "scope": "process"}
+        closed = {
+            "key": str(api_id),
+            "apiId": api_id,
+            "state": "closed",
+            "failures": 0,
+            "retryAfterSeconds": 0.0,
+            "scope": "process",
+        }
         assert (await operator.ask("GET", path)).body == closed
         assert (await operator.ask("GET", "/api/admin/circuit-breakers")).body["data"] == []
         told = await operator.ask("POST", f"{path}/trip", {"reason": "the provider asked"})

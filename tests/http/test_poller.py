@@ -4,14 +4,14 @@ import random
 import select
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
 import pytest
 import trio
 import trio.testing
 
-from callora.http.gateway.poller import Poller
+from callora.http.gateway.poller import EVENTS_A_TURN, Poller, Watch
 from callora.http.gateway.wire import RECEIVE_BYTES, PlainWire, WireBroken
 
 Kind = Literal["tcp", "unix"]
@@ -391,3 +391,46 @@ async def test_a_wire_that_is_never_silent_lets_others_run(poller: Poller, kind:
                 assert await wire.receive_later() == b"again"
             assert turns >= 99
             nursery.cancel_scope.cancel()
+
+
+class _Told(trio.abc.Instrument):
+    """How many sockets are told of in one step of a task, from one checkpoint to the next."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = [0]
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        """Begin anew."""
+        if self.steps[-1]:
+            self.steps.append(0)
+
+
+async def test_of_many_sockets_at_once_a_bounded_number_is_told_in_a_row_and_each_in_its_turn(
+    poller: Poller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, order, told = _Told(), list[int](), Watch.told
+
+    def counted(watch: Watch, events: int) -> None:
+        seen.steps[-1] += 1
+        told(watch, events)
+
+    async def read(number: int, wire: PlainWire) -> None:
+        await until_told(wire)
+        assert await wire.receive() == b"x"
+        order.append(number // EVENTS_A_TURN)
+
+    many = 3 * EVENTS_A_TURN
+    with ExitStack() as stack:
+        wires = [stack.enter_context(wired(poller, "unix")) for _ in range(many)]
+        await trio.testing.wait_all_tasks_blocked()  # that they can be written has been told
+        monkeypatch.setattr(Watch, "told", counted)
+        trio.lowlevel.add_instrument(seen)
+        async with trio.open_nursery() as nursery:
+            for number, (wire, other) in enumerate(wires):
+                nursery.start_soon(read, number, wire)
+                other.send(b"x")
+        trio.lowlevel.remove_instrument(seen)
+        monkeypatch.undo()
+    assert max(seen.steps) <= EVENTS_A_TURN
+    assert sum(seen.steps) >= many
+    assert order == sorted(order), "who came first is not overtaken by a later turn"

@@ -46,7 +46,7 @@ async def test_a_refused_call_is_told_which_limit_and_when_to_come_back(database
         assert (response.status, response.json()["code"]) == (429, "TOO_MANY_REQUESTS")
         seconds = int(response.header("Retry-After") or 0)
         assert 58 <= seconds <= 60
-        assert response.json()["details"] == {"limitedBy": "key", "limit": 2, "retryAfter": seconds}
+        assert response.json()["details"] == {"limitedBy": "key", "limit": 2, "remaining": 0, "retryAfter": seconds}
         assert response.header("X-RateLimit-Limit") == "2"
         assert response.header("X-RateLimit-Remaining") == "0"
         assert response.header("RateLimit") == f'"key";r=0;t={seconds}'

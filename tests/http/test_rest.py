@@ -70,17 +70,23 @@ async def not_audited(*_: object) -> None:
     raise AssertionError("a probe is not audited")
 
 
+def not_counted(*_: object) -> None:
+    raise AssertionError("a probe is no service's")
+
+
 DOORS = Doors(
     Authenticator(
         tokens=None,
         admin_key=None,
         admin_networks=(),
+        service_token=None,
         user_header_allowed=False,
         people=People(nobody, never_alive),
         clock=FixedClock(),
     ),
     admit=lambda _method, _path, _caller: None,
     audit=not_audited,
+    count=not_counted,
 )
 
 
@@ -577,7 +583,7 @@ async def test_an_endless_body_is_refused_and_its_connection_ends(tmp_path: Path
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send_on)
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 try:
                     while chunk := await stream.receive_some(65536):
                         got += chunk

@@ -125,6 +125,7 @@ async def test_a_balance_is_what_is_available_and_what_is_held(database_url: str
                     "balance_usdc": "10.0000000",
                     "available_usdc": "9.9999975",
                     "held_usdc": "0.0000025",
+                    "owed_usdc": "0.0000000",
                     "contractId": None,
                     "network": "testnet",
                     "lastSyncedAt": None,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from callora.ledger.ids import Ids
 
-quick = settings(max_examples=100, deadline=None, database=None)
+quick = settings(max_examples=100, database=None)
 
 
 @attrs.define

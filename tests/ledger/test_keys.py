@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from callora.ledger.keys import KEY_CHARS, PREFIX_CHARS, RANDOM_BYTES, hash_key, is_well_formed, make_key
 
-quick = settings(max_examples=200, deadline=None, database=None)
+quick = settings(max_examples=200, database=None)
 noises = st.binary(min_size=RANDOM_BYTES, max_size=RANDOM_BYTES)
 networks = st.sampled_from(["mainnet", "testnet"])
 A_KEY = make_key("testnet", bytes(range(RANDOM_BYTES)))

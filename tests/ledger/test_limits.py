@@ -3,9 +3,9 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from callora.ledger.limits import SlidingLog
+from callora.ledger.limits import Limit, SharedCount, SlidingLog, stand
 
-quick = settings(max_examples=300, deadline=None, database=None)
+quick = settings(max_examples=300, database=None)
 # Powers of two: sums of them are exact, so the model and the log agree at the very edge of the window.
 pauses = st.lists(st.integers(0, 64).map(lambda count: count / 16), max_size=60)
 
@@ -46,6 +46,48 @@ def test_no_window_wherever_it_begins_holds_more_than_the_limit(limit: int, wind
             admitted.append(now)
     for start in admitted:
         assert sum(start <= at < start + window for at in admitted) <= limit
+
+
+def test_a20_what_left_the_window_makes_room_and_nothing_before() -> None:
+    log = SlidingLog(10, 60.0)
+    for second in range(10):
+        assert log.refuse(second) is None
+        log.admit(second)
+    assert log.refuse(59.999) is not None
+    assert log.refuse(60.001) is None
+    log.admit(60.001)
+    refused = log.refuse(60.5)
+    assert refused is not None
+    assert refused.reset_seconds == 0.5
+    assert log.refuse(61.0) is None
+
+
+def counts(user_calls: int, key_calls: int) -> tuple[SharedCount, SharedCount]:
+    """Return what a store has counted: a user's ten a minute and a key's five in half of one."""
+    return (
+        SharedCount("user", Limit(10, 60.0), user_calls, 1_000_000_000_000),
+        SharedCount("key", Limit(5, 30.0), key_calls, 1_000_020_000_000),
+    )
+
+
+def test_of_shared_limits_the_tighter_is_told_and_the_keys_of_two_alike() -> None:
+    now_us = 1_000_021_500_000
+    standing = stand(0, now_us, counts(9, 2), 500.0)
+    assert (standing.which, standing.remaining, standing.refused) == ("user", 1, False)
+    assert (standing.reset_at, standing.reset_timestamp) == (500.0 + 38.5, 1_000_060.0)
+    standing = stand(0, now_us, counts(7, 2), 500.0)
+    assert (standing.which, standing.remaining) == ("key", 3)
+    assert (standing.reset_at, standing.reset_timestamp) == (500.0 + 28.5, 1_000_050.0)
+
+
+def test_of_shared_limits_the_one_that_refused_is_told_with_nothing_left() -> None:
+    for full, which in ((1, "user"), (2, "key")):
+        standing = stand(full, 1_000_021_500_000, counts(10, 5), 500.0)
+        assert (standing.which, standing.remaining, standing.refused) == (which, 0, True)
+
+
+def test_a_limit_that_was_lowered_leaves_nothing_and_not_less() -> None:
+    assert stand(0, 1_000_021_500_000, counts(12, 9), 500.0).remaining == 0
 
 
 def test_whoever_waits_as_long_as_the_refusal_says_is_admitted() -> None:

@@ -16,7 +16,7 @@ from callora.ledger.money import (
     parse_usdc,
 )
 
-quick = settings(max_examples=300, deadline=None, database=None)
+quick = settings(max_examples=300, database=None)
 amounts = st.integers(0, MAX_STROOPS).map(Stroops)
 
 

@@ -13,7 +13,7 @@ from callora.ledger.ids import EndpointId
 from callora.ledger.money import Stroops
 from callora.ledger.pricing import AmbiguousPath, Endpoint, EndpointTable, Price, parse_billable
 
-quick = settings(max_examples=500, deadline=None, database=None)
+quick = settings(max_examples=500, database=None)
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 
 

@@ -20,7 +20,7 @@ from callora.ledger.statement import (
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 START = datetime(2026, 11, 21, 12, tzinfo=UTC)
-quick = settings(max_examples=300, deadline=None, database=None)
+quick = settings(max_examples=300, database=None)
 # Few milliseconds, so that lines often share one.
 moments = st.integers(0, 4000).map(lambda micros: START + timedelta(microseconds=micros))
 entries = st.builds(lambda at, seq: (at, seq), moments, st.integers(1, 5))

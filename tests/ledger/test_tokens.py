@@ -42,7 +42,7 @@ RECORD = KeyRecord(
     revoked_at=None,
     standing="active",
 )
-quick = settings(max_examples=300, deadline=None, database=None)
+quick = settings(max_examples=300, database=None)
 scopes = st.frozensets(st.sampled_from(["*", "read", "write", "admin"]))
 apis = st.none() | st.frozensets(st.integers(1, 4).map(ApiId))
 

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from callora.ledger.commands import PlaceHold
+from callora.ledger.commands import CloseHold, PlaceHold
 from callora.ledger.ids import VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import InsufficientFunds, PolicyRefused, StandingRefused
 from callora.ledger.rounds import NO_VERSION, Share
-from callora.ledger.vault import Standing, VaultState, apply_close, apply_hold, refuse_hold
+from callora.ledger.vault import HoldPolicy, Standing, VaultState, apply_close, apply_hold, decide_hold
 from tests.simulation.support import captured, place, released
 
 VAULT = VaultId("vault")
@@ -30,37 +30,57 @@ class Never:
 
     code: str
 
-    def refuse(self, state: VaultState, command: PlaceHold) -> PolicyRefused | None:
+    def refuse(self, command: PlaceHold) -> PolicyRefused | None:
         """Refuse."""
         return PolicyRefused(self.code, {})
+
+    def place(self, command: PlaceHold) -> None:
+        """Count nothing."""
+
+    def close(self, command: CloseHold) -> None:
+        """Count nothing."""
 
 
 @attrs.frozen
 class Always:
     """A policy that refuses nothing."""
 
-    def refuse(self, state: VaultState, command: PlaceHold) -> PolicyRefused | None:
+    def refuse(self, command: PlaceHold) -> PolicyRefused | None:
         """Allow."""
         return None
+
+    def place(self, command: PlaceHold) -> None:
+        """Count nothing."""
+
+    def close(self, command: CloseHold) -> None:
+        """Count nothing."""
 
 
 @given(amounts, amounts)
 def test_a_hold_is_refused_exactly_when_it_costs_more_than_is_available(available: int, amount: int) -> None:
-    refusal = refuse_hold(state(available), place(1, amount))
-    assert refusal == (InsufficientFunds(Stroops(amount), Stroops(available)) if amount > available else None)
+    decided = decide_hold(state(available), place(1, amount))
+    told = InsufficientFunds(Stroops(amount), Stroops(available)) if amount > available else place(1, amount)
+    assert decided == told
 
 
-def test_standing_refuses_before_policies_and_policies_before_the_balance() -> None:
+def test_standing_refuses_before_the_balance_and_the_balance_before_policies() -> None:
     hold = place(1, 100)
-    for standing in ("arrears", "suspended"):
-        assert refuse_hold(state(0, 0, standing), hold, [Never("A")]) == StandingRefused(standing)
-    assert refuse_hold(state(0), hold, [Always(), Never("A"), Never("B")]) == PolicyRefused("A", {})
-    assert refuse_hold(state(0), hold, [Always()]) == InsufficientFunds(Stroops(100), Stroops(0))
+
+    def told(available: int, standing: Standing, *policies: HoldPolicy) -> object:
+        vault = state(available, 0, standing)
+        vault.policies = policies
+        return decide_hold(vault, hold)
+
+    assert told(0, "arrears", Never("A")) == StandingRefused("arrears")
+    assert told(0, "suspended", Never("A")) == StandingRefused("suspended")
+    assert told(99, "active", Never("A")) == InsufficientFunds(Stroops(100), Stroops(99))
+    assert told(100, "active", Always(), Never("A"), Never("B")) == PolicyRefused("A", {})
+    assert told(100, "active", Always()) == hold
 
 
 def test_a_free_call_needs_a_standing_and_no_balance() -> None:
-    assert refuse_hold(state(0), place(1, 0)) is None
-    assert refuse_hold(state(0, 0, "suspended"), place(1, 0)) == StandingRefused("suspended")
+    assert decide_hold(state(0), place(1, 0)) == place(1, 0)
+    assert decide_hold(state(0, 0, "suspended"), place(1, 0)) == StandingRefused("suspended")
 
 
 @attrs.frozen
@@ -94,10 +114,10 @@ class VaultAgainstItsModel(RuleBasedStateMachine):
     def hold(self, amount: int) -> None:
         """Place a hold, if the rules allow."""
         self.numbers += 1
-        refusal = refuse_hold(self.state, place(self.numbers, amount))
-        assert (refusal is None) == (amount <= self.model_available())
-        if refusal is None:
-            apply_hold(self.state, Stroops(amount))
+        decided = decide_hold(self.state, place(self.numbers, amount))
+        assert isinstance(decided, PlaceHold) == (amount <= self.model_available())
+        if isinstance(decided, PlaceHold):
+            apply_hold(self.state, decided)
             self.open.append(Held(self.numbers, amount))
 
     @rule(data=st.data())
@@ -106,7 +126,7 @@ class VaultAgainstItsModel(RuleBasedStateMachine):
         if self.open:
             held = self.open.pop(data.draw(st.integers(0, len(self.open) - 1)))
             amount = data.draw(st.integers(0, held.amount))
-            apply_close(self.state, Stroops(held.amount), Stroops(amount))
+            apply_close(self.state, captured(held.number, held.amount, amount))
             self.spent.append(amount)
 
     @invariant()

@@ -112,4 +112,5 @@ async def real_ledger(database: Database, clock: TestClock) -> AsyncIterator[Rea
     """Open a store on a migrated database, with its partitions made."""
     await usage.ensure_partitions(database, clock.now())
     async with database.line(LINE_SETTINGS) as line:
-        yield RealLedger(database, VaultStore(database, line, clock, 10), clock, Ids(clock, os.urandom))
+        ids = Ids(clock, os.urandom)
+        yield RealLedger(database, VaultStore(database, line, clock, ids.uuid7, 10), clock, ids)

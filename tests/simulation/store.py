@@ -17,10 +17,15 @@ from callora.ledger.commands import (
     CloseHold,
     Deposit,
     ExtendHold,
+    GiveBack,
     Grant,
+    GrantQuota,
     LockedCommand,
     PlaceHold,
+    RateDelta,
     Refund,
+    ReviewDebt,
+    SetPlan,
     SetStanding,
     Withdraw,
 )
@@ -38,8 +43,8 @@ from callora.ledger.outcomes import (
     StandingSet,
     VaultMissing,
 )
-from callora.ledger.rounds import RoundResult, Share
-from callora.ledger.vault import Standing, VaultState
+from callora.ledger.rounds import NO_VERSION, RoundResult, Share
+from callora.ledger.vault import HoldPolicy, Standing, VaultState
 
 Verb = Literal["load", "find", "round", "locked_round", "locked"]
 Fate = Literal[
@@ -60,7 +65,15 @@ WRITE_FATES: tuple[Fate, ...] = (
 )
 
 
+Policies = Callable[[VaultState], Sequence[HoldPolicy]]
+"""The rules of a vault as it stands; the same number of them, whatever it has."""
+
 T = TypeVar("T")
+
+
+def no_policies(_: VaultState) -> Sequence[HoldPolicy]:
+    """Return no rule: the balance and the standing alone decide."""
+    return ()
 
 
 class Bug(Exception):
@@ -240,6 +253,8 @@ class Tables:
                 return self._book(vault_id, row, "withdrawal", -amount, ref, None)
             case Grant(amount, ref):
                 return self._book(vault_id, row, "grant", amount, ref, None)
+            case GiveBack(amount, ref):
+                return self._book(vault_id, row, "adjustment", amount, ref, None)
             case Refund(event_id, amount, ref):
                 if not any(entry.kind == "refund" and entry.ref == ref for entry in self.entries[vault_id]):
                     event = self.events.get(event_id)
@@ -250,18 +265,20 @@ class Tables:
                 return self._book(vault_id, row, "refund", amount, ref, event_id)
             case ExtendHold(event_id, seconds, amount):
                 event = self.events.get(event_id)
-                if amount > row.available:
-                    return InsufficientFunds(amount, Stroops(row.available))
                 if event is None:
                     return HoldNotOpen(None)
                 if event.state != "held":
                     return HoldNotOpen(event.state)
+                if amount > row.available:
+                    return InsufficientFunds(amount, Stroops(row.available))
                 event.held_amount += amount
                 event.expires_at = min(event.expires_at + seconds, event.placed_at + 86_400)
                 row.available -= amount
                 row.held += amount
                 row.version += 1
                 return HoldExtended(Stroops(event.held_amount))
+            case GrantQuota() | SetPlan() | RateDelta() | ReviewDebt():
+                raise AssertionError("the simulation knows no quotas and no counters: they are tried on PostgreSQL")
             case SetStanding(standing):
                 row.version += row.standing != standing
                 row.standing = standing
@@ -322,6 +339,7 @@ class SimulatedStore:
         self.tables = tables
         self._weather = weather
         self._late: list[tuple[float, Callable[[], object]]] = []
+        self.policies: Policies = no_policies
         self.before_commit: Callable[[], object] = lambda: None
         """Called when a round has reached the database and before it is stored: what another process does then."""
         self.gate: trio.Event | None = None
@@ -329,8 +347,17 @@ class SimulatedStore:
 
     async def load_vaults(self, vault_ids: Sequence[VaultId]) -> dict[VaultId, VaultState]:
         return await self._read(
-            "load", lambda: {each: self.tables.state(each) for each in vault_ids if each in self.tables.vaults}
+            "load", lambda: {each: self._state(each) for each in vault_ids if each in self.tables.vaults}
         )
+
+    def _state(self, vault_id: VaultId) -> VaultState:
+        state = self.tables.state(vault_id)
+        state.limited = bool(self.policies(state))
+        return state
+
+    async def load_guarded(self, state: VaultState, known: VaultState | None, *, credited: bool) -> VaultState:
+        state.policies = self.policies(self.tables.state(state.vault_id))
+        return state
 
     async def find_event(self, vault_id: VaultId, event_id: EventId) -> EventFound | None:
         def found() -> EventFound | None:
@@ -344,13 +371,22 @@ class SimulatedStore:
     async def commit_round(self, shares: Sequence[Share]) -> RoundResult:
         # As bound parameters would be: what the actor does to its share afterwards is not sent.
         sent = [attrs.evolve(share, holds=list(share.holds), closes=list(share.closes)) for share in shares]
+        self.lose_what_knows_no_limits(sent)
         return await self._write("round", lambda late: self.tables.store_round(sent, late=late))
 
+    def lose_what_knows_no_limits(self, shares: Sequence[Share]) -> None:
+        """Let holds of a limited vault lose that were decided without its limits, as the round's statement does."""
+        for share in shares:
+            if share.holds and not share.guarded and self._state(share.vault_id).limited:
+                share.guarded, share.decided_version = True, NO_VERSION
+
     async def commit_locked_round(
-        self, vault_id: VaultId, decide: Callable[[VaultState], Share]
+        self, vault_id: VaultId, decide: Callable[[VaultState], Share], *, credited: bool
     ) -> tuple[Share, RoundResult]:
         def store(late: bool) -> tuple[Share, RoundResult]:
-            share = decide(self.tables.state(vault_id))
+            state = self.tables.state(vault_id)
+            state.policies = self.policies(state)
+            share = decide(state)
             return share, self.tables.store_round([share], late=late)
 
         return await self._write("locked_round", store)

@@ -1,6 +1,7 @@
 """What the tests of actors share: a quiet log, one set of metrics, commands by their numbers."""
 
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from random import Random
@@ -13,7 +14,6 @@ from structlog.typing import FilteringBoundLogger
 
 from callora.actors.mailbox import Envelope
 from callora.actors.registry import VaultRegistry
-from callora.actors.vault import Policies, no_policies
 from callora.actors.writer import LedgerStore, Writer
 from callora.ledger.commands import (
     Charged,
@@ -26,9 +26,11 @@ from callora.ledger.commands import (
     capture,
     release,
 )
-from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, EndpointId, EventId, VaultId
+from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, EndpointId, EventId, Ids, VaultId
 from callora.ledger.money import Stroops
 from callora.metrics import Metrics
+from callora.service import SystemClock
+from tests.simulation.store import Policies, SimulatedStore
 
 METRICS = Metrics()
 """Shared: making one takes longer than a whole simulated minute."""
@@ -65,6 +67,7 @@ class Log:
 
 
 QUIET = Log().logger(logging.CRITICAL)
+IDS = Ids(SystemClock(), os.urandom)
 
 
 def event(number: int) -> EventId:
@@ -114,15 +117,18 @@ class Running:
 async def running(
     store: LedgerStore,
     *,
-    policies: Policies = no_policies,
+    policies: Policies | None = None,
     mailbox_max: int = 1000,
     round_max: int = 1000,
     make_writer: Callable[..., Writer] = Writer,
 ) -> AsyncIterator[Running]:
     """Run a writer and a registry for the length of the block; then drain the registry."""
     log = Log()
+    if policies is not None:
+        assert isinstance(store, SimulatedStore)
+        store.policies = policies
     writer = make_writer(store, METRICS, log.logger(), round_max)
-    registry = VaultRegistry(store, writer, METRICS, log.logger(), Random(0), policies, mailbox_max)
+    registry = VaultRegistry(store, writer, METRICS, log.logger(), Random(0), mailbox_max)
     writer_scope, registry_scope = trio.CancelScope(), trio.CancelScope()
 
     async def run(scope: trio.CancelScope, task: Any, *, task_status: trio.TaskStatus[None]) -> None:

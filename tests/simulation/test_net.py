@@ -14,9 +14,9 @@ from callora.actors.writer import Stake, Writer
 from callora.ledger import vault as rules
 from callora.ledger.commands import CloseHold, PlaceHold
 from callora.ledger.faults import CalloraFault, OutcomeUnknown, StoreUnavailable
-from callora.ledger.money import Stroops
 from callora.ledger.outcomes import HoldClosed, HoldPlaced
 from callora.ledger.rounds import CLEAN, RoundResult, Share
+from tests.simulation.store import SimulatedStore
 from tests.simulation.world import simulate
 
 SEEDS = 200
@@ -32,6 +32,7 @@ def skip_the_version_guard(patch: pytest.MonkeyPatch) -> None:
         return share
 
     patch.setattr(VaultActor, "_new_share", new_share)
+    patch.setattr(SimulatedStore, "lose_what_knows_no_limits", lambda self, shares: None)
 
 
 def keep_what_was_decided_on_a_lost_share(patch: pytest.MonkeyPatch) -> None:
@@ -154,9 +155,9 @@ def close_one_hold_twice_in_a_round(patch: pytest.MonkeyPatch) -> None:
 def give_back_the_same_money_twice(patch: pytest.MonkeyPatch) -> None:
     original = rules.apply_close
 
-    def apply_close(state: rules.VaultState, held_amount: Stroops, amount: Stroops) -> None:
-        original(state, held_amount, amount)
-        original(state, held_amount, amount)
+    def apply_close(state: rules.VaultState, command: CloseHold) -> None:
+        original(state, command)
+        original(state, command)
 
     patch.setattr("callora.actors.vault.apply_close", apply_close)
 

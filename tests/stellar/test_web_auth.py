@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Final
 
 import pytest
 from hypothesis import given, settings
@@ -28,8 +29,10 @@ from stellar_sdk.asset import Asset
 from stellar_sdk.memo import Memo
 from stellar_sdk.sep.stellar_web_authentication import build_challenge_transaction
 
+from callora.config import PASSPHRASES
 from callora.ledger.wallets import is_address, is_seed, make_seed
-from callora.stellar.web_auth import CHALLENGE_SECONDS, Proof, ProofRefused, WebAuth, signed_message
+from callora.stellar.proofs import Proof, ProofRefused, signed_message
+from callora.stellar.web_auth import CHALLENGE_SECONDS, WebAuth
 
 SEED = make_seed(bytes(range(32)))
 SERVER = Keypair.from_secret(SEED)
@@ -37,7 +40,7 @@ CLIENT = Keypair.from_secret(make_seed(bytes(range(1, 33))))
 OTHER = Keypair.from_secret(make_seed(bytes(range(2, 34))))
 DOMAIN = "callora.test"
 TESTNET = Network.TESTNET_NETWORK_PASSPHRASE
-AUTH = WebAuth.make(SEED, DOMAIN, "testnet")
+AUTH = WebAuth.make(SEED, DOMAIN, PASSPHRASES["testnet"])
 
 
 def now() -> datetime:
@@ -190,7 +193,7 @@ def test_what_was_changed_after_we_signed_is_refused() -> None:
 
 
 def test_a_challenge_counts_on_its_own_network_alone() -> None:
-    mainnet = WebAuth.make(SEED, DOMAIN, "mainnet")
+    mainnet = WebAuth.make(SEED, DOMAIN, PASSPHRASES["mainnet"])
     transaction = signed(AUTH.challenge(CLIENT.public_key), CLIENT)
     refused(transaction, mainnet)
     refused(signed(AUTH.challenge(CLIENT.public_key), CLIENT, passphrase=mainnet.network_passphrase))
@@ -198,8 +201,8 @@ def test_a_challenge_counts_on_its_own_network_alone() -> None:
 
 def test_a_challenge_counts_for_its_own_server_and_domain_alone() -> None:
     transaction = signed(AUTH.challenge(CLIENT.public_key), CLIENT)
-    refused(transaction, WebAuth.make(OTHER.secret, DOMAIN, "testnet"))
-    refused(transaction, WebAuth.make(SEED, "other.test", "testnet"))
+    refused(transaction, WebAuth.make(OTHER.secret, DOMAIN, PASSPHRASES["testnet"]))
+    refused(transaction, WebAuth.make(SEED, "other.test", PASSPHRASES["testnet"]))
 
 
 def test_a_client_domain_that_we_signed_once_is_refused_as_well() -> None:
@@ -246,13 +249,13 @@ def test_a_fee_bump_is_no_challenge() -> None:
     refused(bump.to_xdr())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(st.text(max_size=200), st.binary(max_size=400).map(lambda raw: base64.b64encode(raw).decode())))
 def test_no_bytes_of_a_stranger_are_more_than_refused(text: str) -> None:
     refused(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 10_000), st.integers(1, 255), st.booleans())
 def test_a_challenge_with_any_byte_changed_or_cut_proves_nothing_else(at: int, change: int, cut: bool) -> None:
     """Bytes that say nothing, such as padding, may differ: then it is the same challenge, and as used as that."""
@@ -323,11 +326,42 @@ def test_the_key_of_nobody_signs_nothing() -> None:
             assert not signed_message(address, "log in", base64.b64encode(raw).decode())
 
 
-def test_a_service_has_the_sdk_before_it_serves() -> None:
-    """Importing it takes half a second, which no request may wait for."""
-    said = "import sys, callora.service; print('stellar_sdk.sep.stellar_web_authentication' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "True"
+_LOADED: Final = """
+import sys, trio
+from callora.config import load_settings
+from callora.logs import Logs
+from callora.service import Context, Serving, SystemClock, serve
+
+async def main():
+    settings = load_settings(dict(each.split("=", 1) for each in sys.argv[1:]))
+    clock, stop = SystemClock(), trio.Event()
+
+    async def tell(serving: Serving) -> None:
+        print(*sorted({"stellar_sdk", "httpx", "requests", "quart", "nacl"} & set(sys.modules)))
+        stop.set()
+
+    with Logs(clock, level="critical", as_json=True) as logs:
+        await serve(Context.make(settings, logs, clock), settings.database_url.get_secret_value(), stop, on_ready=tell)
+
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environ", "loaded"),
+    [
+        pytest.param({}, "nacl quart", id="neither chain nor challenges"),
+        pytest.param({"AUTH_SIGNING_SEED": SEED}, "nacl quart requests stellar_sdk", id="challenges"),
+    ],
+)
+def test_a_service_loads_the_sdk_before_it_serves_and_only_where_it_is_configured(
+    environ: dict[str, str], loaded: str
+) -> None:
+    """It takes 20 MiB, which most have no use for, and half a second, which no request may wait for."""
+    given = {"HOST": "127.0.0.1", "PORT": "0", "DATABASE_URL": "postgresql://nobody@127.0.0.1:9/none", **environ}
+    argv = [sys.executable, "-c", _LOADED, *(f"{name}={text}" for name, text in given.items())]
+    run = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert (run.stdout.strip(), run.returncode) == (loaded, 0), run.stderr
 
 
 # --- how keys are written ---------------------------------------------------------------------------------------------

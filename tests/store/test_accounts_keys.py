@@ -168,12 +168,12 @@ async def test_revoking_is_for_ever_and_keeps_its_first_date(ledger: RealLedger)
     reads = Reads(ledger.database)
     before = await reads.catalogue_version()
     for days in range(2):
-        assert len(await keys.revoke_keys(ledger.database, prefix, NOON + timedelta(days=days))) == 1
+        assert len(await keys.revoke_keys(ledger.database, prefix, NOON + timedelta(days=days), ledger.ids.uuid7)) == 1
     (record,) = await reads.keys_with_prefix(prefix)
     assert record.revoked_at == NOON
     assert [each.kind for each in await reads.catalogue_changes(before)][:1] == ["key"]
-    assert await keys.revoke_keys(ledger.database, record.api_key_id, NOON) != []
-    assert await keys.revoke_keys(ledger.database, "ck_test_0badcafe", NOON) == []
+    assert await keys.revoke_keys(ledger.database, record.api_key_id, NOON, ledger.ids.uuid7) != []
+    assert await keys.revoke_keys(ledger.database, "ck_test_0badcafe", NOON, ledger.ids.uuid7) == []
 
 
 async def test_a_list_of_keys_holds_no_secret(ledger: RealLedger) -> None:

@@ -14,6 +14,7 @@ from callora.store.bridge import Database, open_database
 from callora.store.reads.gateway import Reads
 from tests.simulation.ledgers import NOON, RealLedger, TestClock, real_ledger
 from tests.simulation.support import CHARGED
+from tests.support.service import running_service
 
 
 @pytest.fixture
@@ -126,3 +127,23 @@ async def test_old_changes_are_dropped_and_the_epoch_stays(ledger: RealLedger) -
     await usage.drop_old_changes(ledger.database, 4)
     assert await reads.catalogue_version() == version
     assert [each.version for each in await reads.catalogue_changes(0)] == list(range(version - 4, version + 1))
+
+
+async def test_a_service_has_the_months_partition_before_its_first_call(database_url: str) -> None:
+    up = trio.Event()
+
+    async def start() -> None:
+        async with running_service(database_url) as service:
+            up.set()
+            name = f"usage_events_{service.context.clock.now():%Y_%m}"
+            assert await service.database.fetch_value("SELECT to_regclass($1) IS NOT NULL", name)
+
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'CREATE TABLE%'"
+    async with open_database(database_url) as database, trio.open_nursery() as nursery:
+        async with database.transaction() as other:
+            await other.execute("LOCK TABLE usage_events_default IN ACCESS SHARE MODE")
+            nursery.start_soon(start)
+            with trio.fail_after(20):
+                while not await database.fetch_value(waiting):  # noqa: ASYNC110 - the database says when
+                    await trio.lowlevel.checkpoint()
+            assert not up.is_set()

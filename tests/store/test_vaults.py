@@ -1,6 +1,7 @@
 """The round's SQL on a real PostgreSQL, attacked."""
 
 import json
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from random import Random
@@ -9,7 +10,6 @@ import pytest
 import trio
 
 from callora.actors.registry import VaultRegistry
-from callora.actors.vault import no_policies
 from callora.actors.writer import Writer
 from callora.ledger.commands import (
     CloseHold,
@@ -28,7 +28,7 @@ from callora.ledger.commands import (
     release,
 )
 from callora.ledger.faults import StoreRefused
-from callora.ledger.ids import EventId, VaultId
+from callora.ledger.ids import EventId, Ids, VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import (
     BalanceMoved,
@@ -346,7 +346,7 @@ async def test_a_locked_round_decides_on_the_stored_state_and_never_loses(ledger
         share.place(hold(event_id, 100))
         return share
 
-    share, result = await ledger.store.commit_locked_round(vault_id, decide)
+    share, result = await ledger.store.commit_locked_round(vault_id, decide, credited=False)
     assert not (result.lost or result.drifted or result.missed)
     assert (share.need, seen[0].available) == (100, 100)
     assert await ledger.balance(vault_id) == (0, 100)
@@ -356,7 +356,7 @@ async def test_a_locked_round_that_decides_nothing_stores_nothing(ledger: RealLe
     vault_id = await ledger.vault(100)
     before = await ledger.state(vault_id)
     share, result = await ledger.store.commit_locked_round(
-        vault_id, lambda state: Share(vault_id, state.version, guarded=True)
+        vault_id, lambda state: Share(vault_id, state.version, guarded=True), credited=False
     )
     assert not (share.holds or result.lost or result.drifted or result.missed)
     assert await ledger.state(vault_id) == before
@@ -404,7 +404,7 @@ async def test_a_crash_inside_a_locked_round_stores_nothing(ledger: RealLedger) 
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        await ledger.store.commit_locked_round(vault_id, decide)
+        await ledger.store.commit_locked_round(vault_id, decide, credited=False)
     assert await ledger.balance(vault_id) == (100, 0)
 
 
@@ -512,9 +512,9 @@ def _nodes(plan: dict[str, object]) -> list[dict[str, object]]:
 @pytest.mark.parametrize("vacuumed", [False, True])
 @pytest.mark.parametrize("contents", vaults.STATEMENTS)
 async def test_the_rounds_plan_finds_every_stored_row_by_its_whole_key_however_empty_the_tables_are(
-    ledger: RealLedger, contents: tuple[bool, bool, bool], vacuumed: bool
+    ledger: RealLedger, contents: tuple[bool, bool, bool, bool, bool], vacuumed: bool
 ) -> None:
-    closes, _, keyed = contents
+    closes, _, keyed, _, _ = contents
     statement = vaults.STATEMENTS[contents]
     async with ledger.database.acquire() as connection:
         if vacuumed:  # now they are known to be empty, where before that was only a guess
@@ -550,13 +550,19 @@ async def processes_at(url: str, clock: TestClock, count: int) -> AsyncIterator[
         for _ in range(count):
             database = await stack.enter_async_context(open_database(url))
             stores.append(
-                VaultStore(database, await stack.enter_async_context(database.line(LINE_SETTINGS)), clock, 10)
+                VaultStore(
+                    database,
+                    await stack.enter_async_context(database.line(LINE_SETTINGS)),
+                    clock,
+                    Ids(clock, os.urandom).uuid7,
+                    10,
+                )
             )
         registries = []
         async with trio.open_nursery() as nursery:
             for number, store in enumerate(stores):
                 writer = Writer(store, METRICS, QUIET, 1000)
-                registries.append(VaultRegistry(store, writer, METRICS, QUIET, Random(number), no_policies, 100_000))
+                registries.append(VaultRegistry(store, writer, METRICS, QUIET, Random(number), 100_000))
                 await nursery.start(writer.run)
                 await nursery.start(registries[-1].run)
             yield registries
@@ -648,7 +654,7 @@ async def test_rounds_that_wait_for_each_others_rows_store_what_they_say(ledger:
         random = Random(seed)
         open_holds: dict[VaultId, list[EventId]] = {vault_id: [] for vault_id in vault_ids}
         async with open_database(database_url) as database, database.line(LINE_SETTINGS) as line:
-            store = VaultStore(database, line, ledger.clock, 10)
+            store = VaultStore(database, line, ledger.clock, ledger.ids.uuid7, 10)
             for _ in range(60):
                 kind = random.choice(["holds", "closes", "both"])
                 shares = []

@@ -49,12 +49,12 @@ class Person:
         query: Mapping[str, str | int] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Told:
-        """Return the answer to one request."""
+        """Return the answer to one request; of a stream that does not end by itself its head."""
         sent = {**self.headers, **(headers or {})}
-        if body is not None:
-            response = await self.client.request(method, path, json=body, params=query, headers=sent)
-        else:
-            response = await self.client.request(method, path, params=query, headers=sent)
+        async with self.client.stream(method, path, json=body, params=query, headers=sent) as response:
+            if response.headers.get("content-type") == "text/event-stream":
+                return Told(response.status_code, response.headers, None)
+            await response.aread()
         told: Any = response.content or None
         if told is not None and response.headers.get("content-type", "").startswith("application/json"):
             told = json.loads(told)
@@ -84,3 +84,11 @@ ADMIN_KEY = "tests-admin-key"
 def admin(client: httpx.AsyncClient) -> Person:
     """Return an operator; the service must run with ADMIN_API_KEY=ADMIN_KEY."""
     return Person(client, {"X-Admin-Api-Key": ADMIN_KEY})
+
+
+SERVICE_TOKEN = "tests-service-token-of-forty-characters-"
+
+
+def biller(client: httpx.AsyncClient) -> Person:
+    """Return a service that charges outside the proxy; ours must run with INTERNAL_SERVICE_TOKEN=SERVICE_TOKEN."""
+    return Person(client, {"Authorization": f"Bearer {SERVICE_TOKEN}"})

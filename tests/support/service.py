@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import attrs
 import trio
 
+from callora.chain_part import ChainPart
 from callora.config import load_settings
 from callora.http.gateway.calls import CallFlow
 from callora.ledger.commands import Deposit
@@ -57,6 +58,8 @@ class RunningService:
     ledger: Ledger
     context: Context
     stop: trio.Event
+    chain: ChainPart | None = None
+    """None where the settings turn no chain on."""
     exit_code: int | None = None
 
     @property
@@ -83,6 +86,11 @@ class RunningService:
             outcome = await self.ledger.registry.ask(vault_id, Deposit(parse_usdc(balance_usdc), "first"))
             assert isinstance(outcome, BalanceMoved)
         return await self.another_key(user_id, vault_id, rate_limit_per_minute, network)
+
+    async def top_up(self, consumer: Consumer, amount_usdc: str) -> None:
+        """Deposit, once for each amount."""
+        outcome = await self.ledger.registry.ask(consumer.vault_id, Deposit(parse_usdc(amount_usdc), amount_usdc))
+        assert isinstance(outcome, BalanceMoved)
 
     async def another_key(
         self, user_id: UserId, vault_id: VaultId, rate_limit_per_minute: int | None = None, network: str = "testnet"
@@ -139,7 +147,7 @@ class RunningService:
 
     async def until_no_hold(self, consumer: Consumer) -> None:
         """Return when none of the consumer's holds is open: releases are stored without anyone waiting."""
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while (await self.balance(consumer))[1]:  # noqa: ASYNC110 - another process decides
                 await trio.lowlevel.checkpoint()
 
@@ -161,7 +169,7 @@ async def running_service(
         send, receive = trio.open_memory_channel[RunningService](1)
 
         async def ready(serving: Serving) -> None:
-            await send.send(RunningService(serving.url, serving.ledger, context, stop))
+            await send.send(RunningService(serving.url, serving.ledger, context, stop, serving.chain))
 
         async with trio.open_nursery() as nursery:
             service: RunningService

@@ -10,10 +10,14 @@ import trio
 
 from callora.ledger.ids import ApiId
 from tests.proof.books import assert_audit_clean
-from tests.support.rest import ADMIN_KEY, Person, Told, admin, rest_client
+from tests.support.rest import ADMIN_KEY, SERVICE_TOKEN, Person, Told, admin, biller, rest_client
 from tests.support.service import Consumer, RunningService, running_service
 
-UNLIMITED = {"REST_RATE_LIMIT_MAX_REQUESTS": "1000000", "ADMIN_API_KEY": ADMIN_KEY}
+UNLIMITED = {
+    "REST_RATE_LIMIT_MAX_REQUESTS": "1000000",
+    "ADMIN_API_KEY": ADMIN_KEY,
+    "INTERNAL_SERVICE_TOKEN": SERVICE_TOKEN,
+}
 
 
 @attrs.frozen
@@ -44,6 +48,11 @@ class Shop:
         """An operator."""
         return admin(self.client)
 
+    @property
+    def biller(self) -> Person:
+        """A service that charges outside the proxy."""
+        return biller(self.client)
+
 
 async def endpoint_of(service: RunningService, api_id: ApiId) -> int:
     """Return the number of an API's only endpoint."""
@@ -53,9 +62,9 @@ async def endpoint_of(service: RunningService, api_id: ApiId) -> int:
 
 
 @asynccontextmanager
-async def shop(database_url: str) -> AsyncIterator[Shop]:
+async def shop(database_url: str, **settings: str) -> AsyncIterator[Shop]:
     """Run a service with a published API; at the end the ledger must be clean."""
-    async with running_service(database_url, UNLIMITED) as service, rest_client(service) as client:
+    async with running_service(database_url, {**UNLIMITED, **settings}) as service, rest_client(service) as client:
         api_id = await service.api("sold", "http://127.0.0.1:9")
         yield Shop(service, client, api_id, await endpoint_of(service, api_id))
         await assert_audit_clean(service.database)

@@ -8,29 +8,33 @@ import math
 import re
 from collections.abc import Mapping
 from datetime import datetime
-from ipaddress import ip_address
-from typing import Final, Protocol
+from ipaddress import IPv6Address, ip_address
+from typing import Final, Protocol, get_args
 
 import attrs
+import trio
 
 from callora.actors.breaker import BREAKERS_MAX, Breaker, BreakerSettings, Ticket
-from callora.actors.catalogue import Catalogue
+from callora.actors.catalogue import Catalogue, Ended
 from callora.actors.limiter import KeyPace, Limiter
-from callora.http.gateway.addresses import Resolver, Target, TargetBlocked, TargetUnresolved, parse_base_url
+from callora.actors.shared_limiter import SharedLimiter
 from callora.http.gateway.heads import RequestHead
 from callora.http.problems import Details
-from callora.ledger.clock import Clock
+from callora.ledger.faults import RateStoreUnavailable
 from callora.ledger.ids import ApiId
 from callora.ledger.keys import KEY_CHARS, KeyRecord, is_well_formed
+from callora.ledger.limits import Standing
 from callora.ledger.pricing import AmbiguousPath, ApiRecord, Endpoint, Price
 from callora.ledger.tokens import is_token_shaped
 from callora.ledger.values import value
 from callora.metrics import Metrics
+from callora.outbound.addresses import Resolver, Target, TargetBlocked, TargetUnresolved, parse_base_url
 
 CALL_PREFIX: Final = b"/v1/call/"
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _IDEMPOTENCY_KEY: Final = re.compile(rb"[\x21-\x7e]{1,255}")
 _DRAIN_RETRY_SECONDS: Final = 5
+_PACE_RETRY_SECONDS: Final = 1
 _UPSTREAMS_MAX: Final = 20_000
 _CHECKED_SECONDS: Final = 5.0
 """How long an upstream's check is remembered here; the resolver remembers, and the connection is pinned, by itself."""
@@ -112,24 +116,23 @@ class Admission:
         *,
         catalogue: Catalogue,
         limiter: Limiter,
+        shared_limiter: SharedLimiter | None,
         resolver: Resolver,
         breaker_settings: BreakerSettings,
         trusted_proxies: int,
-        clock: Clock,
         metrics: Metrics,
         tokens: TokenKeys,
     ) -> None:
         self._catalogue = catalogue
         self._tokens = tokens
         self._limiter = limiter
+        self.shared_limiter: Final = shared_limiter
+        """None where each process has its own rate limits, and no call waits for a store of them."""
         self._resolver = resolver
         self._breaker_settings = breaker_settings
         self._trusted_proxies = trusted_proxies
-        self._clock = clock
-        self._found, self._missed, self._disabled, self._expired, self._revoked = (
-            metrics.tally(metrics.api_key_lookups, outcome)
-            for outcome in ("hit", "miss", "disabled", "expired", "revoked")
-        )
+        self._found, self._missed = (metrics.tally(metrics.api_key_lookups, found) for found in ("hit", "miss"))
+        self._ended = {ended: metrics.tally(metrics.api_key_lookups, ended) for ended in get_args(Ended)}
         self._breakers: dict[ApiId, Breaker] = {}
         self._upstreams: dict[str, Upstream] = {}
         self.draining = False
@@ -164,15 +167,10 @@ class Admission:
         if key is None:
             self._missed.value += 1
             raise Refused("UNAUTHORIZED", "The API key is not known")
-        if key.disabled:
-            self._disabled.value += 1
-            raise Refused("API_KEY_DISABLED")
-        if key.expires_at is not None and key.expires_at <= self._clock.now():
-            self._expired.value += 1
-            raise Refused("API_KEY_EXPIRED")
-        if key.revoked_at is not None:
-            self._revoked.value += 1
-            raise Refused("API_KEY_REVOKED")
+        ended = self._catalogue.end_of(key)
+        if ended is not None:
+            self._ended[ended].value += 1
+            raise Refused(f"API_KEY_{ended.upper()}")
         self._found.value += 1
         return key, in_authorization
 
@@ -204,10 +202,13 @@ class Admission:
         """Check that the key may be used for this, from here.
 
         Raises:
-            Refused: API_ACCESS_FORBIDDEN, ENDPOINT_FORBIDDEN, SCOPE_REQUIRED, IP_NOT_ALLOWED or VAULT_SUSPENDED.
+            Refused: API_ACCESS_FORBIDDEN, PLAN_ENDPOINT_NOT_ALLOWED, ENDPOINT_FORBIDDEN, SCOPE_REQUIRED, IP_NOT_ALLOWED
+                or VAULT_SUSPENDED.
         """
         if key.allowed_apis is not None and offer.api.api_id not in key.allowed_apis:
             raise Refused("API_ACCESS_FORBIDDEN")
+        if key.plan_apis is not None and offer.api.api_id not in key.plan_apis:
+            raise Refused("PLAN_ENDPOINT_NOT_ALLOWED", details={"apis": [offer.api.api_id]})
         if key.allowed_endpoints is not None and offer.endpoint.endpoint_id not in key.allowed_endpoints:
             raise Refused("ENDPOINT_FORBIDDEN")
         scope = offer.endpoint.required_scope
@@ -218,6 +219,8 @@ class Admission:
                 address = ip_address(client_address(request, peer, self._trusted_proxies))
             except ValueError:
                 raise Refused("IP_NOT_ALLOWED") from None
+            if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+                address = address.ipv4_mapped  # how a socket for both families shows an IPv4 client
             if not any(address in network for network in key.allowed_networks):
                 raise Refused("IP_NOT_ALLOWED")
         if key.standing == "suspended":
@@ -246,9 +249,38 @@ class Admission:
         """
         refused = self._limiter.admit(key, pace, now)
         if refused is not None:
-            seconds = max(1, math.ceil(refused.pace.reset_seconds))
-            details = {"limitedBy": refused.which, "limit": refused.pace.limit, "retryAfter": seconds}
-            raise Refused("TOO_MANY_REQUESTS", details=details, retry_seconds=seconds)
+            raise _too_many(refused.which, refused.pace.limit, refused.pace.reset_seconds)
+
+    async def take_shared_pace(self, key: KeyRecord, pace: KeyPace, call_id: str) -> Standing | None:
+        """Take the call from the key's and the user's rate limit, shared by all processes; return where they stand.
+
+        Args:
+            call_id: no other call has the same.
+
+        Returns:
+            None where the store did not decide and this process's own limits are to.
+
+        Raises:
+            Refused: SERVICE_UNAVAILABLE; the store did not decide, and no call passes without it.
+        """
+        assert self.shared_limiter is not None
+        try:
+            return await self.shared_limiter.take(key, pace, call_id)
+        except RateStoreUnavailable:
+            if self.shared_limiter.opens:
+                return None
+            raise Refused(
+                "SERVICE_UNAVAILABLE", "Rate limits cannot be told now", retry_seconds=_PACE_RETRY_SECONDS
+            ) from None
+
+    def check_standing(self, standing: Standing) -> None:
+        """Refuse the call where its shared limits did.
+
+        Raises:
+            Refused: TOO_MANY_REQUESTS, which took nothing.
+        """
+        if standing.refused:
+            raise _too_many(standing.which, standing.limit.calls, standing.reset_at - trio.current_time())
 
     def idempotency_key(self, request: RequestHead) -> str | None:
         """Return the request's idempotency key, or None where it has none.
@@ -310,6 +342,12 @@ class Admission:
             target, target.authority.encode("ascii"), target.base_path.encode("ascii"), now + _CHECKED_SECONDS
         )
         return upstream
+
+
+def _too_many(which: str, limit: int, reset_seconds: float) -> Refused:
+    seconds = max(1, math.ceil(reset_seconds))
+    details: Details = {"limitedBy": which, "limit": limit, "remaining": 0, "retryAfter": seconds}
+    return Refused("TOO_MANY_REQUESTS", details=details, retry_seconds=seconds)
 
 
 def client_address(request: RequestHead, peer: str, trusted_proxies: int) -> str:

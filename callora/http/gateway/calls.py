@@ -21,18 +21,30 @@ from callora.actors.budgets import Budgets
 from callora.actors.compensation import Compensator, Undelivered
 from callora.actors.mailbox import Envelope
 from callora.actors.registry import VaultRegistry
-from callora.http.gateway.addresses import TargetBlocked, TargetUnresolved
 from callora.http.gateway.admission import Admission, Caller, Offer, Refused, Upstream
 from callora.http.gateway.bodies import BadBody
 from callora.http.gateway.client import ClientConnection, ClientGone, ClientTooSlow, RequestBody
 from callora.http.gateway.exchange import AnswerCut, Exchange, UpstreamFailed, UpstreamTimedOut
 from callora.http.gateway.heads import RequestHead
+from callora.http.gateway.metering import (
+    MAX_CHARGE,
+    QUANTITY_BODY_BYTES_MAX,
+    answer_units,
+    check_cap,
+    is_event_stream,
+    max_charge,
+    rate,
+    request_units,
+)
+from callora.http.gateway.rated import Rated
 from callora.http.gateway.rewriting import answer_head, upstream_head
+from callora.http.gateway.tolls import Toll
 from callora.http.gateway.upstream import ConnectFailed, PoolExhausted, Upstreams
 from callora.http.problems import PROBLEMS, problem_body
 from callora.ledger.clock import Clock
 from callora.ledger.commands import (
     Charged,
+    CloseHold,
     Delivery,
     ExtendHold,
     IdempotencyClaim,
@@ -44,10 +56,12 @@ from callora.ledger.commands import (
 from callora.ledger.faults import OutcomeUnknown, StoreUnavailable
 from callora.ledger.ids import EventId, Ids, TokenId
 from callora.ledger.keys import KeyRecord
+from callora.ledger.limits import Standing
 from callora.ledger.money import ZERO, Stroops, format_usdc
 from callora.ledger.outcomes import (
     Draining,
     HoldClosed,
+    HoldExtended,
     HoldNotOpen,
     HoldPlaced,
     IdempotencyKeyTaken,
@@ -57,20 +71,27 @@ from callora.ledger.outcomes import (
     StandingRefused,
     VaultMissing,
 )
-from callora.ledger.tokens import BudgetExhausted, BudgetGone
+from callora.ledger.rating import QuantityUnreadable, units_of
+from callora.ledger.tokens import BudgetExhausted, BudgetGone, BudgetTaken
 from callora.metrics import Metrics, Tally
+from callora.outbound.addresses import TargetBlocked, TargetUnresolved
 from callora.store.reads.gateway import Claim, Reads
 
 ROUTE: Final = "/v1/call/{api}"
 _PROBLEM_LINES: Final = b"Content-Type: application/json\r\n"
-_EVENT_STREAM: Final = b"text/event-stream"
 _STORE_RETRY_SECONDS: Final = 1
+NAMED_SECONDS_MAX: Final = 30.0
+"""How old a call's id may be when its body is there; a hold is then placed well within the slack that ids have."""
 _REQUEST_ID_CHARS_MAX: Final = 128
 _CLIENT_CLOSED: Final = 499
 """Counted, never sent: the client left before its answer."""
 
 OUTCOMES: Final = (
     "delivered",
+    "shortfall",
+    "quantity_unreadable",
+    "stream_ended",
+    "stream_cut",
     "upstream_status",
     "client_gone",
     "timeout",
@@ -119,10 +140,16 @@ class Call:
     started: float
     """`time.perf_counter`, for Server-Timing."""
     caller: Caller | None = None
+    standing: Standing | None = None
+    """Where its rate limits stood when a store of them decided; None where this process did."""
     offer: Offer | None = None
     ticket: Ticket | None = None
     state: HoldState = "none"
     held: Stroops = ZERO
+    rated: Rated | None = None
+    """What its price is made of where it is priced by units; None where the price is a call's, in money alone."""
+    budgeted: Stroops = ZERO
+    """What is taken from its access token's budget."""
     outcome: str = "internal_error"
     """The word that its usage event gets should it end now."""
     status: int | None = None
@@ -189,7 +216,9 @@ class CallFlow:
                     await client.linger()
                 return reusable
             except Refused as error:
-                refused = error
+                # With its traceback it would hold this frame, which holds it: garbage that only a collector finds, and
+                # whoever is refused may ask a thousand times a second.
+                refused = error.with_traceback(None)
             except BadBody as error:
                 refused = Refused(error.code, str(error), close=True)
             except StoreUnavailable:
@@ -217,9 +246,14 @@ class CallFlow:
         offer = call.offer = await admission.resolve(request, now, self._clock.now())
         admission.authorize(key, offer, request, client.peer)
         pace = admission.enter(key)
-        caller = call.caller = Caller(key, pace, in_authorization)
+        caller = Caller(key, pace, in_authorization)
         try:
-            admission.take_pace(key, pace, now)
+            if admission.shared_limiter is None:
+                call.caller = caller
+                admission.take_pace(key, pace, now)
+            else:
+                await self._take_shared_pace(call, caller)
+                now = trio.current_time()
             idempotency_key = admission.idempotency_key(request)
             whole_body, claim = b"", None
             if idempotency_key is not None:
@@ -232,18 +266,52 @@ class CallFlow:
                         return await self._repeat(call, stored, fingerprint)
                     replaces = stored.event_id
                 claim = IdempotencyClaim(idempotency_key, fingerprint, replaces, self._settings.claim_retention_seconds)
-                now = trio.current_time()  # the body may have taken its time
+                now = self._name_anew(call)  # the body may have taken its time
+            call.held = offer.price.amount
+            if offer.price.card is not None or MAX_CHARGE in request.index:
+                whole_body = await self._rate(call, offer, whole_body)
+                now = self._name_anew(call)
             ticket = call.ticket = admission.admit_upstream(offer.api.api_id, now)
             try:
                 upstream = await admission.upstream(offer.api, now)
-                if key.budget is not None and offer.price.amount:
-                    async with self._budgeted(call, key.budget, offer.price.amount):
+                if key.budget is not None and call.held:
+                    async with self._budgeted(call, key.budget):
                         return await self.hold(call, caller, offer, upstream, whole_body, claim)
                 return await self.hold(call, caller, offer, upstream, whole_body, claim)
             finally:
                 ticket.end(None, now)
         finally:
             admission.leave(pace)
+
+    def _name_anew(self, call: Call) -> float:
+        """Give a call whose body took long a new id; return the time.
+
+        Whoever looks for events by the time in their ids, as lists and feeds do, counts on ids that are young.
+        """
+        if time.perf_counter() - call.started > NAMED_SECONDS_MAX:
+            call.event_id = EventId(self._ids.uuid7())
+        return trio.current_time()
+
+    async def _rate(self, call: Call, offer: Offer, whole_body: bytes) -> bytes:
+        """Tell what is to be held for the call; return its body as far as it had to be read for that."""
+        cap, card = max_charge(call.request), offer.price.card
+        if card is None:
+            check_cap(cap, offer.price.amount)
+            return whole_body
+        units, whole_body = await request_units(card, call.request, call.body, whole_body, QUANTITY_BODY_BYTES_MAX)
+        call.rated = rate(offer, card, cap, units)
+        call.held = call.rated.held
+        return whole_body
+
+    async def _take_shared_pace(self, call: Call, caller: Caller) -> None:
+        """Take the call from limits that processes share. Who is calling is noted once it is known how they stand."""
+        admission = self._admission
+        standing = await admission.take_shared_pace(caller.key, caller.pace, call.event_id)
+        call.caller, call.standing = caller, standing
+        if standing is None:
+            admission.take_pace(caller.key, caller.pace, trio.current_time())
+        else:
+            admission.check_standing(standing)
 
     async def _read_whole(self, call: Call) -> bytes:
         """Read an idempotent request's body, which is part of what makes it this request."""
@@ -288,26 +356,27 @@ class CallFlow:
     # The hold.
 
     @asynccontextmanager
-    async def _budgeted(self, call: Call, token_id: TokenId, price: Stroops) -> AsyncIterator[None]:
-        """Take the price from an access token's budget for the block; what was not charged is given back.
+    async def _budgeted(self, call: Call, token_id: TokenId) -> AsyncIterator[None]:
+        """Take what is to be held from an access token's budget for the block; what was not charged is given back.
 
         A capture whose outcome is unknown keeps it: a budget may be lost, never exceeded.
         """
-        match await self._budgets.take(token_id, price):
+        match await self._budgets.take(token_id, call.held):
             case BudgetExhausted(budget, left):
                 details = {
-                    "required": format_usdc(price),
+                    "required": format_usdc(call.held),
                     "remaining": format_usdc(left),
                     "budget": format_usdc(budget),
                 }
                 raise Refused("TOKEN_BUDGET_EXHAUSTED", details=details)
             case BudgetGone():
                 raise Refused("INVALID_TOKEN", "The access token is not known")
+        call.budgeted = call.held
         try:
             yield
         finally:
-            if call.state != "capturing" and call.charge < price:
-                self._budgets.give_back(token_id, Stroops(price - call.charge))
+            if call.state != "capturing" and call.charge < call.budgeted:
+                self._budgets.give_back(token_id, Stroops(call.budgeted - call.charge))
 
     async def hold(
         self,
@@ -319,7 +388,7 @@ class CallFlow:
         claim: IdempotencyClaim | None,
     ) -> bool:
         """Hold the price, then proxy; whatever happens, the hold is closed or on its way to be."""
-        call.held = offer.price.amount
+        rated = call.rated
         charged = Charged(
             caller.key.api_key_id,
             offer.api.developer_id,
@@ -327,7 +396,18 @@ class CallFlow:
             offer.endpoint.endpoint_id,
             offer.price.version,
         )
-        place = PlaceHold(call.event_id, call.held, self._settings.hold_ttl_seconds, charged, claim)
+        if rated is None:
+            place = PlaceHold(call.event_id, call.held, self._settings.hold_ttl_seconds, charged, claim)
+        else:
+            place = PlaceHold(
+                call.event_id,
+                call.held,
+                self._settings.hold_ttl_seconds,
+                charged,
+                claim,
+                units=rated.units,
+                unit_credits=rated.card.unit_credits,
+            )
         try:
             call.outcome = "hold_interrupted"
             call.state = "asked"
@@ -337,6 +417,9 @@ class CallFlow:
                 raise await self._hold_refused(caller, outcome, claim)
             call.state = "open"
             call.balance = outcome.available
+            if rated is not None:
+                rated.credits = outcome.credits
+                call.held = rated.held
             call.outcome = "cut_at_deadline"
             return await self.proxy(call, offer, upstream, whole_body, claim)
         finally:
@@ -354,10 +437,11 @@ class CallFlow:
                 )
             case StandingRefused("suspended"):
                 return Refused("VAULT_SUSPENDED")
-            case StandingRefused():
-                return Refused("INSUFFICIENT_BALANCE", "The vault is in arrears", details={"standing": "arrears"})
-            case PolicyRefused(code, details):
-                return Refused(code, details=details)
+            case StandingRefused(standing, owed):
+                details = {"standing": standing, "owed": format_usdc(owed)}
+                return Refused("INSUFFICIENT_BALANCE", "The vault is in arrears", details=details)
+            case PolicyRefused(code, details, message):
+                return Refused(code, message, details=details)
             case IdempotencyKeyTaken():
                 assert claim is not None
                 stored = await self._reads.claim(caller.key.vault_id, claim.key)
@@ -375,7 +459,8 @@ class CallFlow:
         """Send the hold's release without waiting: nobody waits for what costs nothing."""
         assert call.caller is not None
         delivery = Delivery(call.outcome, call.status, self._latency_us(call), call.body.received_bytes, None)
-        envelope = Envelope(release(call.event_id, call.held, delivery, answer))
+        held_credits = 0 if call.rated is None else call.rated.credits
+        envelope = Envelope(release(call.event_id, call.held, delivery, answer, held_credits))
         self._registry.send(call.caller.key.vault_id, envelope)
         call.state = "closed"
         if call.balance is not None:
@@ -390,12 +475,16 @@ class CallFlow:
         """Pass the request on and its answer back; a call that is held is settled in between."""
         settings = self._settings
         exchange = Exchange(call.client, call.request, call.body, settings.idle_seconds)
+        configured = offer.api.upstream_headers
+        if call.rated is not None and call.rated.reads_answer:
+            kept = {name: value for name, value in configured.items() if name.lower() != "accept-encoding"}
+            configured = {**kept, "Accept-Encoding": "identity"}
         head = upstream_head(
             call.request,
             path=upstream.base_path + offer.path or b"/",
             authority=upstream.authority,
             request_id=call.request_id.encode("ascii"),
-            configured=offer.api.upstream_headers,
+            configured=configured,
             key_in_authorization=call.caller is not None and call.caller.key_in_authorization,
         )
         pool = self._upstreams.pool(upstream.target)
@@ -476,8 +565,13 @@ class CallFlow:
         if self._settings.profile_upstreams:
             self._profile(call, "success", answer.status)
         lines = exchange.lines
+        rated = call.rated
         if call.state == "open":
-            await self._settle(call, exchange, claim, lines)
+            if rated is not None and rated.flows and call.offer is not None:
+                rated.streaming = answer.status in call.offer.endpoint.billable
+                rated.trailed = exchange.chunks_answer
+            if rated is None or not rated.streaming:
+                await self._settle(call, exchange, claim, lines)
         close = self._closes(call) or exchange.ends_by_close
         head = answer_head(
             answer.status,
@@ -490,20 +584,25 @@ class CallFlow:
         )
         self._count(call.request, answer.status)
         call.released = True
+        if rated is not None and rated.streaming:
+            return await self._stream(call, rated, exchange, claim, head) and not close
         return await exchange.release(head) and not close
 
     async def _settle(self, call: Call, exchange: Exchange, claim: IdempotencyClaim | None, lines: bytes) -> None:
         """Capture or release, durably where anyone relies on it."""
-        caller, offer, answer = call.caller, call.offer, exchange.answer
-        assert caller is not None
+        offer, answer = call.offer, exchange.answer
         assert offer is not None
         billable = answer.status in offer.endpoint.billable
-        amount = call.held if billable else ZERO
+        rated = call.rated
+        delivered = "delivered"
+        if rated is not None and billable:
+            delivered = await self._rate_answer(call, rated, exchange)
+        amount = ZERO if not billable else call.held if rated is None or rated.due is None else rated.due.amount
         stored: StoredAnswer | None = None
         response_bytes = answer.content_length
         if claim is not None:
             body = kept = None
-            if not (answer.first(b"content-type") or b"").lower().startswith(_EVENT_STREAM):
+            if not is_event_stream(answer.first(b"content-type")):
                 body = await exchange.read_body(self._settings.stored_answer_bytes_max)
             if body is not None:
                 response_bytes = len(body)
@@ -518,24 +617,172 @@ class CallFlow:
             if stored is not None:
                 await envelope.reply.wait()
             return
-        call.outcome = "delivered"
-        delivery = Delivery(
-            call.outcome, answer.status, self._latency_us(call), call.body.received_bytes, response_bytes
+        call.outcome = delivered
+        await self._capture(call, amount, response_bytes, stored)
+
+    async def _rate_answer(self, call: Call, rated: Rated, exchange: Exchange) -> str:
+        """Tell what a billable answer costs; return what the call has come to.
+
+        What it costs more than is held is held as well, if the vault, its limits and the caller allow it; else what is
+        held is all that is charged.
+        """
+        delivered, units = "delivered", rated.units
+        if rated.card.source is not None and rated.card.source.side == "response":
+            try:
+                units = await answer_units(rated.card, exchange)
+            except QuantityUnreadable as error:
+                assert call.offer is not None
+                api = call.offer.api.slug
+                self._log.info("quantity_unreadable", request_id=call.request_id, api=api, error=str(error))
+                delivered, units = "quantity_unreadable", rated.card.min_units
+        bounded = min(units, rated.card.units_max(rated.price))
+        if bounded > rated.units:
+            await self._hold_more(call, rated, bounded, "units")
+        if units > rated.units:
+            delivered = "shortfall"
+        rated.due = rated.cost(min(bounded, rated.units))
+        return delivered
+
+    async def _hold_more(self, call: Call, rated: Rated, units: int, ref: str) -> bool:
+        """Hold as many units as this, which are more than are held; return whether they are.
+
+        Args:
+            ref: names the extension, once for this call.
+
+        Raises:
+            StoreUnavailable: they are not. OutcomeUnknown: they may be; the hold's end gives all of it back.
+        """
+        assert call.caller is not None
+        key, more = call.caller.key, units - rated.units
+        amount = Stroops(more * rated.price)
+        if rated.cap is not None and rated.cost(units).amount > rated.cap:
+            return False
+        if key.budget is not None and amount:
+            if not isinstance(await self._budgets.take(key.budget, amount), BudgetTaken):
+                return False
+            call.budgeted = Stroops(call.budgeted + amount)
+        extend = ExtendHold(call.event_id, 0, amount, ref, more, rated.card.unit_credits)
+        outcome = await self._registry.ask(key.vault_id, extend)
+        if not isinstance(outcome, HoldExtended):
+            return False
+        if call.balance is not None:
+            call.balance = Stroops(call.balance - (outcome.held_amount - call.held))
+        rated.units, rated.credits, call.held = units, outcome.held_credits, outcome.held_amount
+        return True
+
+    async def _stream(
+        self, call: Call, rated: Rated, exchange: Exchange, claim: IdempotencyClaim | None, head: bytes
+    ) -> bool:
+        """Release a success that is charged by what of it passes; however it ends, what has passed is charged."""
+        answer = exchange.answer
+
+        def stored(amount: Stroops) -> StoredAnswer | None:
+            return None if claim is None else StoredAnswer(claim.key, answer.status, None, None, amount)
+
+        async def close() -> list[tuple[bytes, bytes]]:
+            call.outcome = "delivered" if toll.ended is None else "stream_ended"
+            rated.due = rated.cost(units_of(rated.card, toll.quantity))
+            amount = rated.due.amount
+            await self._capture(call, amount, exchange.response_bytes, stored(amount), undone=False)
+            charged = format_usdc(call.charge).encode("ascii")
+            return [(b"X-Callora-Charge", charged), (b"X-Callora-Units", b"%d" % rated.due.units)]
+
+        toll = Toll(
+            rated,
+            event_stream=is_event_stream(answer.first(b"content-type")),
+            hold_more=lambda units, ref: self._hold_more(call, rated, units, ref),
+            capture=close,
         )
-        call.state = "capturing"
-        vault_id = caller.key.vault_id
+        call.outcome = "stream_cut"
+        fault: Exception | None = None
+        result = False
         try:
-            outcome = await self._registry.ask(vault_id, capture(call.event_id, call.held, amount, delivery, stored))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_hold, call)
+                try:
+                    result = await exchange.release_metered(head, toll)
+                except Exception as error:  # taken out of the nursery as it is, not in a group
+                    fault = error
+                nursery.cancel_scope.cancel()
+        finally:
+            if call.state == "open" and toll.delivered:
+                # Nobody waits for it: the client is gone, or learns from a closed connection that this is not all.
+                rated.due = rated.cost(units_of(rated.card, toll.delivered))
+                close_command = self._close_of(
+                    call, rated.due.amount, exchange.response_bytes, stored(rated.due.amount)
+                )
+                assert call.caller is not None
+                self._registry.send(call.caller.key.vault_id, Envelope(close_command))
+                call.state, call.charge = "closed", rated.due.amount
+                self._metrics.charged.value += rated.due.amount
+        if fault is not None:
+            raise fault
+        return result
+
+    def _close_of(
+        self, call: Call, amount: Stroops, response_bytes: int | None, stored: StoredAnswer | None
+    ) -> CloseHold:
+        """Return the capture of what the call came to."""
+        due = None if call.rated is None else call.rated.due
+        delivery = Delivery(
+            call.outcome,
+            call.status,
+            self._latency_us(call),
+            call.body.received_bytes,
+            response_bytes,
+            None if due is None else due.units,
+        )
+        if call.rated is None or due is None:
+            return capture(call.event_id, call.held, amount, delivery, stored)
+        return capture(
+            call.event_id,
+            call.held,
+            amount,
+            delivery,
+            stored,
+            held_credits=call.rated.credits,
+            spent_credits=due.credits,
+        )
+
+    async def _capture(
+        self,
+        call: Call,
+        amount: Stroops,
+        response_bytes: int | None,
+        stored: StoredAnswer | None,
+        *,
+        undone: bool = True,
+    ) -> None:
+        """Capture, durably: whoever waits for this may release what was paid for.
+
+        Args:
+            undone: whether a capture whose outcome is unknown is undone, because nothing of its answer was released.
+
+        Raises:
+            OutcomeUnknown, StoreUnavailable: it is not known to be captured.
+            Refused: HOLD_EXPIRED.
+        """
+        assert call.caller is not None
+        close = self._close_of(call, amount, response_bytes, stored)
+        call.state = "capturing"
+        vault_id = call.caller.key.vault_id
+        try:
+            outcome = await self._registry.ask(vault_id, close)
         except (OutcomeUnknown, StoreUnavailable):
             call.outcome = "capture_unknown"
-            answer_kept = stored is not None and stored.body is not None
-            self._compensator.add(Undelivered(vault_id, call.event_id, call.held, amount, answer_kept))
+            if undone:
+                kept = stored is not None and stored.body is not None
+                self._compensator.add(
+                    Undelivered(vault_id, call.event_id, call.held, amount, close.held_credits, close.credits, kept)
+                )
             raise
         if isinstance(outcome, HoldClosed):
             call.state = "closed"
             call.charge = outcome.amount
             call.balance = outcome.available
             self._metrics.charged.value += outcome.amount
+            if call.rated is not None:
+                call.rated.charged = True
             return
         assert isinstance(outcome, HoldNotOpen)
         call.state = "closed"
@@ -594,15 +841,25 @@ class CallFlow:
         own_ms = (time.perf_counter() - call.started - call.upstream_seconds) * 1000
         if call.caller is None:
             return f"X-Request-Id: {call.request_id}\r\nServer-Timing: callora;dur={own_ms:.2f}\r\n".encode("ascii")
-        which, log, remaining = call.caller.pace.tighter()
-        limit, policy = _limit_lines(which, log.limit, log.window_seconds)
-        seconds = math.ceil(log.reset_seconds(trio.current_time()))
+        standing, now = call.standing, trio.current_time()
+        if standing is None:
+            which, log, remaining = call.caller.pace.tighter()
+            limit, policy = _limit_lines(which, log.limit, log.window_seconds)
+            seconds = math.ceil(log.reset_seconds(now))
+            reset = math.ceil(self._clock.timestamp()) + seconds
+        else:
+            which, remaining = standing.which, standing.remaining
+            limit, policy = _limit_lines(which, standing.limit.calls, standing.limit.window_seconds)
+            seconds, reset = math.ceil(max(0.0, standing.reset_at - now)), math.ceil(standing.reset_timestamp)
         balance = "" if call.balance is None else f"X-Callora-Balance: {format_usdc(call.balance)}\r\n"
+        told = f"X-Callora-Charge: {format_usdc(call.charge)}\r\n{balance}"
+        if call.rated is not None:
+            told = call.rated.shown(told)
         return (
             f"X-Request-Id: {call.request_id}\r\n{limit}X-RateLimit-Remaining: {remaining}\r\n"
-            f"X-RateLimit-Reset: {math.ceil(self._clock.timestamp()) + seconds}\r\n"
+            f"X-RateLimit-Reset: {reset}\r\n"
             f'{policy}RateLimit: "{which}";r={remaining};t={seconds}\r\n'
-            f"X-Callora-Charge: {format_usdc(call.charge)}\r\n{balance}Server-Timing: callora;dur={own_ms:.2f}\r\n"
+            f"{told}Server-Timing: callora;dur={own_ms:.2f}\r\n"
         ).encode("ascii")
 
     def _latency_us(self, call: Call) -> int:

@@ -123,6 +123,14 @@ class ClientConnection:
         """End the time limit."""
         self.deadline = FOREVER
 
+    def hurry(self, seconds: float) -> None:
+        """Give the client less time than its limits say to take something of the answer in hand."""
+        self.limits = TimeLimits(
+            head_seconds=self.limits.head_seconds, idle_seconds=self.limits.idle_seconds, body_seconds=seconds
+        )
+        if self.waiting_for == "client" and self.deadline < FOREVER:
+            self.deadline = min(self.deadline, self._ticker.now + self._ticker.step_seconds + seconds)
+
     # The connection's own task.
 
     async def next_head(self) -> RequestHead | None:

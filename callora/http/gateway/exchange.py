@@ -23,6 +23,7 @@ from callora.http.gateway.client import NO_BODY, ClientConnection, ClientGone, C
 from callora.http.gateway.heads import BadHead, RequestHead, ResponseHead, find_response_head_end, parse_response
 from callora.http.gateway.rewriting import end_to_end_lines, interim_head
 from callora.http.gateway.splicing import SPLICE_BYTES_MIN, SourceEnded, splice_body
+from callora.http.gateway.tolls import Toll
 from callora.http.gateway.upstream import Pool, UpstreamConnection
 from callora.http.gateway.wire import PlainWire, WireBroken
 
@@ -221,6 +222,60 @@ class Exchange:
         if self._body.done is False or client.gone:
             return False
         return self._request.keep_alive and (chunked or answer.content_length is not None or self._bodiless)
+
+    async def release_metered(self, head: bytes, toll: Toll) -> bool:
+        """Send the answer's head, then of its body what its toll lets pass; what has passed is charged before the end.
+
+        Returns:
+            Whether the client's connection may carry another request.
+
+        Raises:
+            ClientGone: the client left.
+            AnswerCut: the upstream broke off, or the toll ended what has no other end to be told by; the client's
+                connection must be closed.
+            StoreUnavailable, OutcomeUnknown: the same, by the toll.
+        """
+        client, reader, answer = self._client, self._reader, self.answer
+        chunked = self.chunks_answer
+        pieces, self._pieces = self._pieces, []
+        block = head
+        while True:
+            passed = await toll.pass_on(b"".join(pieces))
+            if passed:
+                block += self._framed([passed], chunked)
+            if reader.done or toll.ended is not None:
+                break
+            if block:
+                await client.send(block)
+                toll.sent()
+                block = b""
+            pieces = await self._next_pieces()
+        trailers = await toll.close()
+        if toll.ended is None:
+            if chunked:
+                block += encode_last_chunk([*reader.trailers, *trailers])
+            if block:
+                await client.send(block)
+            self._finish()
+            if self._body.done is False or client.gone:
+                return False
+            return self._request.keep_alive and (chunked or answer.content_length is not None or self._bodiless)
+        told = toll.event_stream and answer.content_length is None
+        if told:
+            block += self._framed([toll.last_words()], chunked)
+            if chunked:
+                block += encode_last_chunk(trailers)
+        if block:
+            await client.send(block)
+        self.drop()
+        if not told:
+            raise AnswerCut
+        return self._request.keep_alive and chunked and self._body.done and not client.gone
+
+    @property
+    def bodiless(self) -> bool:
+        """True when the answer has no body, whatever length its head announces."""
+        return self._bodiless
 
     @property
     def chunks_answer(self) -> bool:

@@ -10,11 +10,14 @@ import socket
 import ssl
 from collections.abc import Mapping, Sequence
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
+import attrs
 import trio
 from structlog.typing import FilteringBoundLogger
 
 from callora.http.gateway.admission import CALL_PREFIX, Refused, asks_for_another_protocol, client_address
+from callora.http.gateway.aliases import Aliases
 from callora.http.gateway.bodies import BadBody
 from callora.http.gateway.calls import CallFlow, clean_request_id
 from callora.http.gateway.client import (
@@ -41,6 +44,7 @@ BACKLOG: Final = 2048
 ACCEPTS_A_TURN: Final = 64
 REST_SECONDS: Final = 60.0
 REST_CONNECTIONS_MAX: Final = 128
+STREAM_DRAIN_SECONDS: Final = 3.0
 TLS_SECONDS: Final = 10.0
 _NO_MORE_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PROBLEM_LINES: Final = b"Content-Type: application/json\r\n"
@@ -81,6 +85,15 @@ def _listening(family: socket.AddressFamily, host: str, port: int, *, shared: bo
     return listener
 
 
+@attrs.frozen
+class RestStreams:
+    """Routes of the REST server whose answers last for as long as their clients stay."""
+
+    paths: frozenset[str]
+    open_max: int
+    """How many the REST server has at most; what is asked for beyond that it refuses."""
+
+
 class Listener:
     """All client connections of this process."""
 
@@ -95,7 +108,9 @@ class Listener:
         connections_max: int,
         rest_body_bytes_max: int,
         rest_larger_bodies: Mapping[str, int],
+        rest_streams: RestStreams,
         trusted_proxies: int,
+        aliases: Aliases,
         ids: Ids,
         metrics: Metrics,
         log: FilteringBoundLogger,
@@ -104,16 +119,21 @@ class Listener:
         rest_path: the UNIX socket of the REST server.
         rest_body_bytes_max: the largest request body of a REST route, refused here before the server sees its end.
         rest_larger_bodies: the paths that take more, each with its own limit in bytes.
+        rest_streams: what has connections of its own, so that the other routes never wait for one.
         """
         self._flow = flow
         self._poller = poller
         self._rest = Pool(Connector(poller, unix_path=rest_path), REST_CONNECTIONS_MAX)
+        self._rest_streams = Pool(Connector(poller, unix_path=rest_path), rest_streams.open_max + REST_CONNECTIONS_MAX)
+        self._stream_paths = frozenset(path.encode("ascii") for path in rest_streams.paths)
+        self._streaming: set[ClientConnection] = set()
         self._tls = tls
         self._limits = limits
         self._connections_max = connections_max
         self._rest_body_bytes_max = rest_body_bytes_max
         self._rest_larger_bodies = rest_larger_bodies
         self._trusted_proxies = trusted_proxies
+        self._aliases = aliases
         self._ids = ids
         self._metrics = metrics
         self._log = log
@@ -143,10 +163,16 @@ class Listener:
             for listener in listeners:
                 listener.close()
             self._rest.close_idle(FOREVER)
+            self._rest_streams.close_idle(FOREVER)
 
     def drain(self) -> None:
-        """Serve what is in hand, answer what is new with 503, then end. Connections between requests end last."""
+        """Serve what is in hand, answer what is new with 503, then end. Connections between requests end last.
+
+        A stream's client that takes nothing is not waited for longer than STREAM_DRAIN_SECONDS.
+        """
         self._draining = True
+        for client in self._streaming:
+            client.hurry(STREAM_DRAIN_SECONDS)
         self._end_when_quiet()
 
     @property
@@ -226,6 +252,10 @@ class Listener:
         try:
             if request.path.startswith(CALL_PREFIX):
                 return await self._flow.serve(client, request)
+            call_path = self._aliases.call_path(request.path)
+            if call_path is not None:
+                request.path = call_path
+                return await self._flow.serve(client, request)
             return await self._pass_to_rest(client, request)
         finally:
             self._busy -= 1
@@ -250,6 +280,11 @@ class Listener:
         refused: Refused
         body: RequestBody | None = None
         exchange: Exchange | None = None
+        # As the REST server will read the path
+        streams = unquote_to_bytes(request.path).rstrip(b"/") in self._stream_paths
+        pool = self._rest_streams if streams else self._rest
+        if streams:
+            self._streaming.add(client)
         try:
             if asks_for_another_protocol(request):
                 raise Refused("UPGRADE_NOT_SUPPORTED", close=True)
@@ -265,7 +300,7 @@ class Listener:
                 key_in_authorization=False,
                 keep_cookies_and_keys=True,
             )
-            await exchange.send(self._rest, head, b"", REST_SECONDS, REST_SECONDS)
+            await exchange.send(pool, head, b"", REST_SECONDS, REST_SECONDS)
             return await self._answer_from_rest(client, request, exchange)
         except Refused as error:
             refused = error
@@ -279,6 +314,7 @@ class Listener:
         except (ClientGone, AnswerCut):
             return False
         finally:
+            self._streaming.discard(client)
             if exchange is not None:
                 exchange.drop()
         document = problem_body(refused.code, refused.message, request_id)
@@ -320,6 +356,7 @@ class Listener:
                 if client.deadline <= now:
                     client.expire()
             self._rest.close_idle(now - REST_SECONDS / 2)
+            self._rest_streams.close_idle(now - REST_SECONDS / 2)
             self._metrics.flush()
             self._metrics.connections.set(len(self._clients))
             self._metrics.inflight_calls.set(self._flow.running)

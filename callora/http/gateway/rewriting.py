@@ -16,6 +16,7 @@ _NOT_FORWARDED: Final = HOP_BY_HOP | {
     b"forwarded",
     b"x-real-ip",
     b"x-request-id",
+    b"x-callora-max-charge",  # what a caller would pay is not what he is to be charged
     b"content-length",
     b"expect",
 }

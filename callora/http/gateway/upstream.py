@@ -10,9 +10,9 @@ from typing import Final
 import attrs
 import trio
 
-from callora.http.gateway.addresses import Resolver, SocketAddress, Target
 from callora.http.gateway.poller import Poller
 from callora.http.gateway.wire import PlainWire, TlsWire, Wire, WireBroken
+from callora.outbound.addresses import Resolver, SocketAddress, Target
 
 IDLE_SECONDS_MAX: Final = 30.0
 """Shorter than common servers keep an idle connection, so that one is seldom taken as it is being closed."""
@@ -169,13 +169,13 @@ class Connector:
         return wire
 
     async def _connect_tcp(self, addresses: Sequence[SocketAddress]) -> socket.socket:
-        failure: ConnectFailed | None = None
+        failure = "no address"
         for address in addresses:
             try:
                 return await _connect_socket(address.family, address.sockaddr)
             except ConnectFailed as error:
-                failure = error
-        raise failure or ConnectFailed("no address")
+                failure = str(error)
+        raise ConnectFailed(failure)
 
 
 async def _connect_socket(family: socket.AddressFamily, address: str | tuple[str, int]) -> socket.socket:

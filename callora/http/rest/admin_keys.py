@@ -13,12 +13,19 @@ def admin_keys_routes(desk: KeyDesk) -> Routes:
     """Return the routes of keys, for operators."""
     routes = Routes("Operators: keys")
 
-    @routes.add("GET", "/api/admin/keys", access=Access.ADMIN, query=AdminKeyQuery, answers={200: AdminKeyList})
+    @routes.add(
+        "GET",
+        "/api/admin/keys",
+        access=Access.ADMIN,
+        query=AdminKeyQuery,
+        answers={200: AdminKeyList},
+        aliases=("/admin/api-keys",),
+    )
     async def list_all_keys(ask: Ask[Any, AdminKeyQuery, Any]) -> Answer:
         """Everybody's keys, the newest first, masked."""
         query = ask.query
         user_id = None if query.userId is None else UserId(query.userId)
-        page = await desk.page(user_id, query, active=query.active)
+        page = await desk.page(user_id, query, active=query.active, plan_id=query.planId)
         return Answer(AdminKeyList(data=[desk.shown_to_operators(row) for row in page.rows], meta=page.meta))
 
     @routes.add(
@@ -28,6 +35,7 @@ def admin_keys_routes(desk: KeyDesk) -> Routes:
         path_form=KeyPath,
         answers={200: AdminKeyOut},
         problems=("API_KEY_NOT_FOUND",),
+        aliases=("/admin/api-keys/{keyId}",),
     )
     async def get_any_key(ask: Ask[KeyPath, Any, Any]) -> Answer:
         """A key of anybody."""
@@ -40,7 +48,8 @@ def admin_keys_routes(desk: KeyDesk) -> Routes:
         path_form=KeyPath,
         body=KeyPatch,
         answers={200: AdminKeyOut},
-        problems=("API_KEY_NOT_FOUND", "CONFLICT"),
+        problems=("API_KEY_NOT_FOUND", "CONFLICT", "PLAN_ENDPOINT_NOT_ALLOWED"),
+        aliases=("/admin/api-keys/{keyId}",),
     )
     async def change_any_key(ask: Ask[KeyPath, Any, KeyPatch]) -> Answer:
         """Change a key of anybody; its rate may exceed its plan's."""
@@ -54,6 +63,7 @@ def admin_keys_routes(desk: KeyDesk) -> Routes:
         path_form=KeyPath,
         answers={204: None},
         problems=("API_KEY_NOT_FOUND",),
+        aliases=("/admin/api-keys/{keyId}",),
     )
     async def delete_any_key(ask: Ask[KeyPath, Any, Any]) -> Answer:
         """Revoke a key of anybody, for good."""

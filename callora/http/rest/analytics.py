@@ -1,4 +1,4 @@
-"""Usage of those who sell, and of everyone: a developer's revenue and analytics, what operators see."""
+"""Usage of those who sell, and of everyone: a developer's analytics, what operators see."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
@@ -13,12 +13,9 @@ from callora.http.rest.forms import (
     Instant,
     InstantOut,
     Limit,
-    PageMeta,
-    PageQuery,
     UsdcOut,
     Uuid,
     Whole,
-    decode_cursor,
     usdc,
 )
 from callora.http.rest.operations import Access, Answer, Ask, Routes
@@ -88,33 +85,6 @@ class AnalyticsReport(Form):
     asOf: InstantOut | None = Field(description=AS_OF)
 
 
-class Settlement(Form):
-    """A payment to a developer."""
-
-    id: str
-    amount: UsdcOut
-    status: str
-    tx_hash: str | None
-    created_at: InstantOut
-
-
-class RevenueSummary(Form):
-    """What a developer has earned."""
-
-    total_earned: UsdcOut = Field(description="Everything charged for calls of his APIs, less refunds.")
-    pending: UsdcOut = Field(description="On its way to him.")
-    available_to_withdraw: UsdcOut
-
-
-class RevenueReport(Form):
-    """A developer's settlements, the newest first, and what he has earned."""
-
-    settlements: list[Settlement]
-    summary: RevenueSummary
-    pagination: PageMeta
-    asOf: InstantOut | None = Field(description=AS_OF)
-
-
 class UserPath(Form):
     """A user."""
 
@@ -148,6 +118,14 @@ class TopUsersQuery(LatestQuery):
     limit: Limit = 20
 
 
+class PlanUsage(Form):
+    """What vaults of a plan did."""
+
+    planId: str
+    calls: int
+    revenue: UsdcOut = Field(description=REVENUE)
+
+
 class EveryonesUsage(Form):
     """What everyone did."""
 
@@ -157,6 +135,8 @@ class EveryonesUsage(Form):
     totalRevenue: UsdcOut = Field(description=REVENUE)
     refunded_usdc: UsdcOut
     buckets: list[Bucket]
+    byEndpoint: list[TopEndpoint] = Field(description="The hundred most called.")
+    byPlan: list[PlanUsage] = Field(description="By the plan that a vault has now.")
     asOf: InstantOut | None = Field(description=AS_OF)
 
 
@@ -238,33 +218,6 @@ def analytics_routes(database: reads.Database, clock: Clock) -> Routes:
             )
         )
 
-    @routes.add(
-        "GET",
-        "/api/developers/revenue",
-        access=Access.USER,
-        query=PageQuery,
-        answers={200: RevenueReport},
-        problems=("DEVELOPER_NOT_FOUND",),
-    )
-    async def get_developer_revenue(ask: Ask[Any, PageQuery, Any]) -> Answer:
-        """What your APIs have earned since their first call, and what of it was paid out."""
-        decode_cursor(ask.query.cursor, str)
-        async with reads.reading(database) as connection:
-            developer_id = await developer(connection, ask.user_id)
-            as_of = await UsageReads(connection).as_of()
-            earned = await reads.earned(connection, developer_id)
-        settlements: Sequence[Settlement] = ()  # nothing is paid out before there are settlements
-        return Answer(
-            RevenueReport(
-                settlements=[*settlements],
-                summary=RevenueSummary(
-                    total_earned=usdc(earned), pending=usdc(0), available_to_withdraw=usdc(max(0, earned))
-                ),
-                pagination=PageMeta(limit=ask.query.limit, nextCursor=None, hasMore=False),
-                asOf=as_of,
-            )
-        )
-
     return routes
 
 
@@ -276,14 +229,21 @@ def admin_usage_routes(database: reads.Database, clock: Clock) -> Routes:
     routes = Routes("Operators")
 
     @routes.add(
-        "GET", "/api/admin/usage/summary", access=Access.ADMIN, query=LatestQuery, answers={200: EveryonesUsage}
+        "GET",
+        "/api/admin/usage/summary",
+        access=Access.ADMIN,
+        query=LatestQuery,
+        answers={200: EveryonesUsage},
+        aliases=("/admin/usage/summary",),
     )
     async def get_everyones_usage(ask: Ask[Any, LatestQuery, Any]) -> Answer:
-        """Calls and revenue of everyone, by day."""
+        """Calls and revenue of everyone: by day, by endpoint and by plan."""
         span = latest_days(clock, ask.query.days)
         async with reads.reading(database) as connection:
             as_of = await UsageReads(connection).as_of()
             rows = await reads.all_days(connection, span.since)
+            endpoints = await reads.all_endpoints(connection, span.since, reads.TOP_ENDPOINTS)
+            plans = await reads.all_plans(connection, span.since)
         return Answer(
             EveryonesUsage(
                 days=ask.query.days,
@@ -292,11 +252,22 @@ def admin_usage_routes(database: reads.Database, clock: Clock) -> Routes:
                 totalRevenue=usdc(sum(map(net, rows))),
                 refunded_usdc=usdc(sum(row["refunded"] for row in rows)),
                 buckets=filled(span, "day", {row["day"]: row for row in rows}),
+                byEndpoint=_top_endpoints(endpoints),
+                byPlan=[
+                    PlanUsage(planId=row["plan_id"], calls=row["calls"], revenue=usdc(row["net"])) for row in plans
+                ],
                 asOf=as_of,
             )
         )
 
-    @routes.add("GET", "/api/admin/usage/top-users", access=Access.ADMIN, query=TopUsersQuery, answers={200: TopUsers})
+    @routes.add(
+        "GET",
+        "/api/admin/usage/top-users",
+        access=Access.ADMIN,
+        query=TopUsersQuery,
+        answers={200: TopUsers},
+        aliases=("/admin/usage/top-users",),
+    )
     async def get_top_users(ask: Ask[Any, TopUsersQuery, Any]) -> Answer:
         """Users by what they spent, the most first."""
         since = latest_days(clock, ask.query.days).since

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from callora.http.gateway.addresses import Resolver, TargetBlocked, TargetUnresolved, parse_base_url
 from callora.http.problems import ProblemRaised
 from callora.http.rest.forms import (
     DETAILS_MAX,
@@ -31,6 +30,17 @@ from callora.ledger.offers import (
     check_headers,
     check_path,
 )
+from callora.ledger.rating import (
+    CARD_COLUMNS,
+    SOURCE_CHARS_MAX,
+    UNIT_CREDITS_MAX,
+    UNITS_MAX,
+    RateCard,
+    Source,
+    Unit,
+    make_card,
+)
+from callora.outbound.addresses import Resolver, TargetBlocked, TargetUnresolved, parse_base_url
 
 ENDPOINTS_SENT_MAX: Final = 100
 DAYS_AHEAD_MAX: Final = 366
@@ -160,16 +170,56 @@ class EndpointPlace(Form):
 _EFFECTIVE: Final = "From when the price counts; left out or null: at once."
 
 
+def _source(text: str) -> str:
+    Source.parse(text)
+    return text
+
+
+_Units = Annotated[int, Field(ge=1, le=UNITS_MAX)]
+_SOURCES: Final = (
+    "Where the quantity is read: request.json:/pointer, request.header:Name, request.bytes, the same of response, "
+    "stream.bytes or stream.events. An array counts its items, a number itself, a text its characters where those are "
+    "charged. Null for the unit call."
+)
+
+
+class RateCardIn(Form):
+    """What the price is the price of."""
+
+    unit: Unit = Field(default="call", description="price_per_call_usdc is the price of one of these.")
+    unit_credits: int = Field(
+        default=0, ge=0, le=UNIT_CREDITS_MAX, description="What a unit costs where a plan's credits pay; 0: never."
+    )
+    min_units: _Units = Field(default=1, description="What a call comes to at least.")
+    held_units: _Units | None = Field(
+        default=None, description="Held before the quantity is known; needed where the answer tells it, and only then."
+    )
+    max_units: _Units | None = Field(default=None, description="What a call may come to at most.")
+    quantity_from: Annotated[str, Field(max_length=SOURCE_CHARS_MAX), AfterValidator(_source)] | None = Field(
+        default=None, description=_SOURCES, examples=["request.json:/urls"]
+    )
+
+    def card(self) -> RateCard | None:
+        """Return it as the rules know it; the plain one is None."""
+        return make_card(*(getattr(self, column) for column in CARD_COLUMNS))
+
+
+_CARD: Final = (
+    "What the price is the price of; a call where it is null. Left out of an endpoint that exists, it stays as it is."
+)
+
+
 class EndpointIn(Form):
     """An endpoint to be offered."""
 
     path: EndpointPath
     method: Method
-    price_per_call_usdc: CallPrice
+    price_per_call_usdc: CallPrice = Field(description="Of one unit, where rate_card names another than a call.")
     description: EndpointProse | None = None
     billable_statuses: Billable | None = Field(default=None, description="2xx where it is left out.")
     required_scope: Scope | None = None
     effective_from: Instant | None = Field(default=None, description=_EFFECTIVE)
+    rate_card: RateCardIn | None = Field(default=None, description=_CARD)
 
     def offer(self) -> EndpointOffer:
         """Return it as the rules know it."""
@@ -177,7 +227,7 @@ class EndpointIn(Form):
         return EndpointOffer(
             method=self.method,
             path=self.path,
-            prices=(DatedPrice(stroops(self.price_per_call_usdc), self.effective_from),),
+            prices=(_dated(self),),
             description=self.description,
             billable_statuses=self.billable_statuses or "2xx",
             required_scope=self.required_scope,
@@ -262,12 +312,16 @@ class EndpointChange(Form):
     description: EndpointProse | None = None
     billable_statuses: Billable | None = None
     required_scope: Scope | None = None
+    rate_card: RateCardIn | None = Field(default=None, description=_CARD)
 
     @model_validator(mode="after")
     def _something(self) -> "EndpointChange":
         require_a_field(self)
-        if self.effective_from is not None and "price_per_call_usdc" not in self.model_fields_set:
-            raise ValueError("must name price_per_call_usdc where it names effective_from")
+        if "price_per_call_usdc" not in self.model_fields_set:
+            if self.effective_from is not None:
+                raise ValueError("must name price_per_call_usdc where it names effective_from")
+            if "rate_card" in self.model_fields_set:
+                raise ValueError("must name price_per_call_usdc where it names rate_card: another unit, another price")
         return self
 
     def changes(self) -> dict[str, str | None]:
@@ -282,7 +336,16 @@ class EndpointChange(Form):
         """Return the new price, None where it stays."""
         if "price_per_call_usdc" not in self.model_fields_set:
             return None
-        return DatedPrice(stroops(self.price_per_call_usdc), self.effective_from)
+        return _dated(self)
+
+
+def _dated(form: EndpointIn | EndpointChange) -> DatedPrice:
+    return DatedPrice(
+        stroops(form.price_per_call_usdc),
+        form.effective_from,
+        None if form.rate_card is None else form.rate_card.card(),
+        card_kept="rate_card" not in form.model_fields_set,
+    )
 
 
 # --- what the forms cannot know ---------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from callora.http.rest.api_forms import (
     Label,
     Method,
     Name,
+    RateCardIn,
     Scope,
     Slug,
     Tags,
@@ -25,7 +26,7 @@ from callora.http.rest.api_forms import (
     refuse,
     wrong_target,
 )
-from callora.http.rest.api_views import OwnApi, Row, own_api
+from callora.http.rest.api_views import OwnApi, RateCardOut, Row, own_api, rate_card_out
 from callora.http.rest.apis import WRITES, Shop, no_such_api, settle
 from callora.http.rest.forms import DETAILS_MAX, Form, Instant, UsdcOut, field_path, iso, stroops, usdc
 from callora.http.rest.operations import Access, Answer, Ask, Routes
@@ -40,6 +41,7 @@ from callora.ledger.offers import (
     Wrong,
     check_endpoints,
 )
+from callora.ledger.rating import RateCard
 from callora.store.reads import apis as reads
 
 BODY_BYTES_MAX: Final = 2 * 1024 * 1024
@@ -134,6 +136,7 @@ class PriceAhead(Form):
 
     price_per_call_usdc: CallPrice
     effective_from: Instant
+    rate_card: RateCardIn | None = None
 
 
 class ExportedEndpoint(Form):
@@ -142,6 +145,7 @@ class ExportedEndpoint(Form):
     method: Method
     path: EndpointPath
     price_per_call_usdc: CallPrice | None = Field(default=None, description="Null where its first price lies ahead.")
+    rate_card: RateCardIn | None = Field(default=None, description="Of the price now.")
     prices_ahead: list[PriceAhead] = Field(default=[], max_length=_PRICES_AHEAD_MAX)
     description: EndpointProse | None = None
     billable_statuses: Billable = "2xx"
@@ -155,13 +159,20 @@ class ExportedEndpoint(Form):
 
     def offer(self) -> EndpointOffer:
         """Return it as the rules know it."""
-        prices = [DatedPrice(stroops(each.price_per_call_usdc), each.effective_from) for each in self.prices_ahead]
+        prices = [
+            DatedPrice(stroops(each.price_per_call_usdc), each.effective_from, _card(each.rate_card))
+            for each in self.prices_ahead
+        ]
         prices.sort(key=_date)
         if self.price_per_call_usdc is not None:
-            prices.insert(0, DatedPrice(stroops(self.price_per_call_usdc), None))
+            prices.insert(0, DatedPrice(stroops(self.price_per_call_usdc), None, _card(self.rate_card)))
         return EndpointOffer(
             self.method, self.path, tuple(prices), self.description, self.billable_statuses, self.required_scope
         )
+
+
+def _card(form: RateCardIn | None) -> RateCard | None:
+    return None if form is None else form.card()
 
 
 def _date(price: DatedPrice) -> datetime:
@@ -189,6 +200,7 @@ class ExportedPriceOut(Form):
     """A price from a date on."""
 
     price_per_call_usdc: UsdcOut
+    rate_card: RateCardOut | None
     effective_from: str = Field(json_schema_extra={"format": "date-time"})
 
 
@@ -198,6 +210,7 @@ class ExportedEndpointOut(Form):
     method: Method
     path: str
     price_per_call_usdc: UsdcOut | None
+    rate_card: RateCardOut | None
     prices_ahead: list[ExportedPriceOut]
     description: str | None
     billable_statuses: str
@@ -246,9 +259,12 @@ def _exported(row: Row, endpoints: list[Row], ahead: dict[int, list[Row]]) -> Ex
                 method=each["method"],
                 path=each["path"],
                 price_per_call_usdc=None if each["amount"] is None else usdc(each["amount"]),
+                rate_card=rate_card_out(each),
                 prices_ahead=[
                     ExportedPriceOut(
-                        price_per_call_usdc=usdc(price["amount"]), effective_from=iso(price["effective_from"])
+                        price_per_call_usdc=usdc(price["amount"]),
+                        rate_card=rate_card_out(price),
+                        effective_from=iso(price["effective_from"]),
                     )
                     for price in ahead.get(each["endpoint_id"], [])[:_PRICES_AHEAD_MAX]
                 ],

@@ -9,9 +9,24 @@ from pydantic import Field
 from callora.http.rest.api_forms import Method
 from callora.http.rest.forms import Form, InstantOut, PageMeta, UsdcOut, iso, usdc
 from callora.ledger.offers import Status, masked
+from callora.ledger.rating import CARD_COLUMNS, Unit, make_card
 
 LISTED_ENDPOINTS_MAX: Final = 20
 """Endpoints that a list shows of each API."""
+
+
+class RateCardOut(Form):
+    """What a price is the price of."""
+
+    unit: Unit
+    unit_credits: int = Field(description="What a unit costs where a plan's credits pay.")
+    min_units: int
+    held_units: int | None = Field(description="What is held before the answer tells the quantity.")
+    max_units: int | None
+    quantity_from: str | None = Field(description="Where the quantity is read.")
+
+
+_CARD: Final = "Null where the price is that of a call, and credits pay for none."
 
 
 class NextPrice(Form):
@@ -19,6 +34,7 @@ class NextPrice(Form):
 
     price_per_call_usdc: UsdcOut
     effective_from: InstantOut
+    rate_card: RateCardOut | None = Field(description=_CARD)
 
 
 class EndpointOut(Form):
@@ -28,6 +44,7 @@ class EndpointOut(Form):
     path: str
     method: Method
     price_per_call_usdc: UsdcOut | None = Field(description="Null before its first price is in effect.")
+    rate_card: RateCardOut | None = Field(description=_CARD)
     next_price: NextPrice | None
     description: str | None
     billable_statuses: str
@@ -144,6 +161,7 @@ class PriceVersion(Form):
 
     version: int
     price_per_call_usdc: UsdcOut
+    rate_card: RateCardOut | None = Field(description=_CARD)
     effective_from: InstantOut
     in_effect: bool
 
@@ -160,16 +178,33 @@ class PriceVersions(Form):
 Row = Mapping[str, Any]
 
 
+def rate_card_out(row: Row, prefix: str = "") -> RateCardOut | None:
+    """Return what a price is the price of, as it is shown; None also where there is no price.
+
+    Args:
+        prefix: of the row's columns.
+    """
+    columns = [row[prefix + column] for column in CARD_COLUMNS]
+    if columns[0] is None or make_card(*columns) is None:
+        return None
+    return RateCardOut(**dict(zip(CARD_COLUMNS, columns, strict=True)))
+
+
 def endpoint_out(row: Row) -> EndpointOut:
     """Return an endpoint as it is shown."""
     ahead = None
     if row["next_from"] is not None:
-        ahead = NextPrice(price_per_call_usdc=usdc(row["next_amount"]), effective_from=iso(row["next_from"]))
+        ahead = NextPrice(
+            price_per_call_usdc=usdc(row["next_amount"]),
+            effective_from=iso(row["next_from"]),
+            rate_card=rate_card_out(row, "next_"),
+        )
     return EndpointOut(
         id=row["endpoint_id"],
         path=row["path"],
         method=row["method"],
         price_per_call_usdc=None if row["amount"] is None else usdc(row["amount"]),
+        rate_card=rate_card_out(row),
         next_price=ahead,
         description=row["description"],
         billable_statuses=row["billable_statuses"],

@@ -8,7 +8,6 @@ import attrs
 from pydantic import AfterValidator, Field, model_validator
 
 from callora.actors.publisher import Done, NoSuchApi, NotAllowed, OfferRefused, Outcome, Publisher
-from callora.http.gateway.addresses import Resolver
 from callora.http.problems import ProblemRaised
 from callora.http.rest.api_forms import (
     ApiChange,
@@ -36,6 +35,7 @@ from callora.http.rest.api_views import (
     endpoint_out,
     own_api,
     public_api,
+    rate_card_out,
 )
 from callora.http.rest.forms import (
     Page,
@@ -53,6 +53,7 @@ from callora.http.rest.operations import Access, Answer, Ask, Routes
 from callora.ledger.clock import Clock
 from callora.ledger.ids import ApiId, EndpointId, UserId
 from callora.ledger.offers import ENDPOINTS_MAX, ApiRef, Move, Status, Wrong, check_endpoints
+from callora.outbound.addresses import Resolver
 from callora.store.reads import apis as reads
 
 WRITES = ("OUTCOME_UNKNOWN", "CONFLICT")
@@ -425,6 +426,7 @@ def endpoint_routes(shop: Shop) -> Routes:
             PriceVersion(
                 version=row["version"],
                 price_per_call_usdc=usdc(row["amount"]),
+                rate_card=rate_card_out(row),
                 effective_from=iso(row["effective_from"]),
                 in_effect=bool(row["in_effect"]),
             )

@@ -1,6 +1,7 @@
 """The REST surface: the Quart-Trio app, its errors as problem documents, and how it is served."""
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -17,12 +18,21 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from callora.http.problems import CONTENT_TYPE, PROBLEMS, ProblemRaised, problem_body, problem_for_status
 from callora.http.rest.deps import RestDeps
 from callora.http.rest.frame import EXCHANGE, UNKNOWN_ROUTE, AsgiApp, Exchange, Frame, shielded
-from callora.http.rest.operations import Doors, Operation, bind
-from callora.ledger.faults import OutcomeUnknown, StoreConflict, StoreUnavailable, leaves_of
+from callora.http.rest.operations import Doors, Operation, Text, bind
+from callora.ledger.faults import (
+    ChainMismatch,
+    ChainUnavailable,
+    OutcomeUnknown,
+    StoreConflict,
+    StoreUnavailable,
+    leaves_of,
+)
 
 __all__ = ["RestDeps", "create_app", "serve_rest", "shielded"]
 
 _UNIX = "unix:"
+_BACKLOG = 2048
+"""A full queue of a UNIX socket refuses at once: streams come back all together after a restart."""
 
 
 def exchange() -> Exchange:
@@ -46,6 +56,10 @@ class RestApp(QuartTrio):
             return self._problem(cast(ProblemRaised | HTTPException, leaves[0]))
         if all(isinstance(leaf, StoreUnavailable | StoreConflict) for leaf in leaves):
             return self._problem(ProblemRaised("SERVICE_UNAVAILABLE", headers={"Retry-After": "1"}))
+        if all(isinstance(leaf, ChainUnavailable | ChainMismatch) for leaf in leaves):
+            waits = [leaf.retry_after_seconds or 1.0 for leaf in leaves if isinstance(leaf, ChainUnavailable)]
+            retry = {"Retry-After": str(math.ceil(max(waits)))} if waits else {}
+            return self._problem(ProblemRaised("NETWORK_UNAVAILABLE", headers=retry))
         if all(isinstance(leaf, OutcomeUnknown) for leaf in leaves):
             return self._problem(ProblemRaised("OUTCOME_UNKNOWN"))
         if all(isinstance(leaf, trio.TooSlowError) for leaf in leaves):
@@ -83,6 +97,15 @@ def create_app(deps: RestDeps, operations: Sequence[Operation], doors: Doors) ->
     bind(app, operations, doors)
     app.asgi_app = Frame(cast(AsgiApp, app.asgi_app), deps, larger)  # type: ignore[method-assign,assignment]
     return app
+
+
+def stream_paths(operations: Sequence[Operation]) -> frozenset[str]:
+    """Return the paths whose answers last: each such answer keeps a connection for as long as its client stays."""
+    return frozenset(
+        each.path
+        for each in operations
+        if any(isinstance(answer, Text) and answer.endless for answer in each.answers.values())
+    )
 
 
 def larger_bodies(operations: Sequence[Operation], request_body_limit_bytes: int) -> dict[str, int]:
@@ -129,6 +152,7 @@ async def serve_rest(
     """
     config = Config()
     config.bind = list(binds)
+    config.backlog = _BACKLOG
     config.umask = 0o177  # a UNIX socket is for this process's user alone
     config.include_server_header = False
     config.graceful_timeout = graceful_timeout_seconds

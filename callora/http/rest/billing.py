@@ -64,10 +64,17 @@ from callora.store.reads import billing as reads
 
 _GRANT_MAX: Final = 1_000_000_000 * 10_000_000
 _RETRY: Final = {"Retry-After": "1"}
+_NARROWED: Final = {
+    "api": "API_ACCESS_FORBIDDEN",
+    "plan": "PLAN_ENDPOINT_NOT_ALLOWED",
+    "endpoint": "ENDPOINT_FORBIDDEN",
+    "scope": "SCOPE_REQUIRED",
+}
 _DEDUCT_PROBLEMS: Final = (
     "NOT_FOUND",
     "API_KEY_NOT_FOUND",
     "API_ACCESS_FORBIDDEN",
+    "PLAN_ENDPOINT_NOT_ALLOWED",
     "ENDPOINT_FORBIDDEN",
     "VAULT_NOT_FOUND",
     "VAULT_SUSPENDED",
@@ -276,7 +283,7 @@ def refusal(outcome: Refusal) -> ProblemRaised:
         case KeyMissing():
             return ProblemRaised("API_KEY_NOT_FOUND", "No usable key of yours on this network has this id")
         case KeyNarrowed(to):
-            return ProblemRaised("API_ACCESS_FORBIDDEN" if to == "api" else "ENDPOINT_FORBIDDEN")
+            return ProblemRaised(_NARROWED[to])
         case VaultUnclear():
             return invalid("body.network", "You have more than one vault: say which pays", "REQUIRED")
         case VaultMissing():
@@ -286,10 +293,11 @@ def refusal(outcome: Refusal) -> ProblemRaised:
             return ProblemRaised("INSUFFICIENT_BALANCE", details=details)
         case StandingRefused("suspended"):
             return ProblemRaised("VAULT_SUSPENDED")
-        case StandingRefused(standing):
-            return ProblemRaised("INSUFFICIENT_BALANCE", "The vault is in arrears", details={"standing": standing})
-        case PolicyRefused(code, about):
-            return ProblemRaised(code, details=about)
+        case StandingRefused(standing, owed):
+            details = {"standing": standing, "owed": usdc(owed)}
+            return ProblemRaised("INSUFFICIENT_BALANCE", "The vault is in arrears", details=details)
+        case PolicyRefused(code, about, message):
+            return ProblemRaised(code, message, details=about)
         case Overloaded() | Draining():
             return ProblemRaised("SERVICE_UNAVAILABLE", headers=_RETRY)
 

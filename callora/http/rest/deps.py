@@ -1,10 +1,12 @@
 """What the REST surface is given. It builds nothing itself and reaches nothing that is not here."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Literal
 
 import attrs
 from structlog.typing import FilteringBoundLogger
 
+from callora.actors.sources import Health
 from callora.config import Settings
 from callora.ledger.clock import Clock
 from callora.metrics import Metrics
@@ -40,5 +42,7 @@ class RestDeps:
     """How many migrations the database lacks, as last seen; with any the process is not ready."""
     refresh_metrics: Callable[[], None] = _nothing
     """Called on the event loop before each scrape, for gauges that are read rather than kept. Must not block."""
+    chain_health: Callable[[], Awaitable[Mapping[Literal["rpc", "horizon"], Health]]] | None = None
+    """Returns how the chain's sources fare; None where none is configured. Cancelled at a deadline."""
     behind_listener: bool = True
     """Whether all connections come from our listener, whose X-Forwarded-For names the client. Else it is ignored."""

@@ -41,6 +41,7 @@ _SECURITY: Final[dict[Access, list[dict[str, list[str]]]]] = {
     Access.PUBLIC: [],
     Access.USER: [{"session": []}],
     Access.ADMIN: [{"adminKey": []}, {"session": []}],
+    Access.SERVICE: [{"serviceToken": []}],
 }
 _SCHEMES: Final = {
     "session": {
@@ -50,6 +51,7 @@ _SCHEMES: Final = {
         "description": "An access token, from logging in; 15 minutes. For operators its role must be admin.",
     },
     "adminKey": {"type": "apiKey", "in": "header", "name": "X-Admin-Api-Key", "description": "ADMIN_API_KEY."},
+    "serviceToken": {"type": "http", "scheme": "bearer", "description": "INTERNAL_SERVICE_TOKEN."},
 }
 _USER_PROBLEMS: Final = (
     "UNAUTHORIZED",
@@ -78,11 +80,13 @@ _KEYED: Final = (
 def implied_problems(operation: Operation) -> tuple[str, ...]:
     """Return every code that the operation may answer, those that follow from its declaration included."""
     codes = [*operation.problems, *_ALWAYS]
-    if operation.access is not Access.PUBLIC:
+    if operation.access in (Access.USER, Access.ADMIN):
         codes += _USER_PROBLEMS
+    if operation.access is Access.SERVICE:
+        codes.append("UNAUTHORIZED")
     if operation.access is Access.ADMIN:
         codes += ("FORBIDDEN", "IP_NOT_ALLOWED")
-    if operation.body_form is not None:
+    if operation.body_form is not None or operation.raw_body:
         codes += ("UNSUPPORTED_MEDIA_TYPE", "REQUEST_BODY_TOO_LARGE", "REQUEST_TIMEOUT")
     if operation.idempotency_key != "none":
         codes += _KEYED
@@ -157,7 +161,18 @@ def _operation(operation: Operation, schema_of: Any, properties_of: Any) -> dict
                 for media_type in ("application/json", *((URLENCODED,) if operation.urlencoded else ()))
             },
         }
+    if operation.raw_body:
+        made["requestBody"] = {
+            "required": True,
+            "content": {media_type: {"schema": _RAW_SCHEMAS[media_type]} for media_type in operation.raw_body},
+        }
     return made
+
+
+_RAW_SCHEMAS: Final[dict[str, Any]] = {
+    "application/json": {"type": ["object", "array"]},
+    "application/x-ndjson": {"type": "string"},
+}
 
 
 def _parameters(operation: Operation, properties_of: Any) -> list[dict[str, Any]]:

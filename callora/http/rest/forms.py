@@ -31,7 +31,9 @@ M = TypeVar("M", bound="Form")
 class Form(BaseModel):
     """A request's or an answer's shape. Field names are the JSON's; a camelCase name is an alias."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, hide_input_in_errors=True, defer_build=True
+    )
 
 
 # --- types that several forms share -----------------------------------------------------------------------------------

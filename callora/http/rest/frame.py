@@ -45,7 +45,7 @@ _PREFLIGHT_HEADERS: Final = (
     (b"access-control-allow-methods", b"GET, HEAD, POST, PUT, PATCH, DELETE"),
     (
         b"access-control-allow-headers",
-        b"Authorization, Content-Type, Idempotency-Key, X-Api-Key, X-Request-Id",
+        b"Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-Api-Key, X-Request-Id",
     ),
     (b"access-control-max-age", b"600"),
 )
@@ -100,7 +100,7 @@ class Exchange:
 
 def route_group(route: str) -> str:
     """Return the group that a route template belongs to in metrics."""
-    if route in ("/livez", "/readyz", "/healthz", "/api/health"):
+    if route in ("/livez", "/readyz", "/healthz", "/api/health", "/health"):
         return "health"
     return "metrics" if route in ("/metrics", "/api/metrics") else "other"
 

@@ -1,9 +1,12 @@
 """Probes: is the process alive, may it be given work, how does each thing it depends on fare; and the metrics."""
 
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Literal
 
 import trio
+from pydantic import Field
 
+from callora.actors.collector import CollectorHealth
 from callora.http.problems import ProblemRaised
 from callora.http.rest.deps import RestDeps
 from callora.http.rest.forms import Form, InstantOut, iso
@@ -14,11 +17,19 @@ from callora.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 State = Literal["ok", "degraded", "down"]
 
 
+def _absent(state: object) -> bool:
+    return state is None
+
+
 class Checks(Form):
     """How each thing that the service depends on fares."""
 
     api: State
     database: State
+    soroban_rpc: State | None = Field(
+        default=None, exclude_if=_absent, description="Only where SOROBAN_RPC_ENABLED is true."
+    )
+    horizon: State | None = Field(default=None, exclude_if=_absent, description="Only where HORIZON_ENABLED is true.")
 
 
 class HealthReport(Form):
@@ -30,6 +41,13 @@ class HealthReport(Form):
     checks: Checks
 
 
+class CollectorReport(Form):
+    """How the last collection run went."""
+
+    status: Literal["ok", "degraded"]
+    message: str = Field(description="Empty where it is ok.")
+
+
 class Alive(Form):
     """The process answers."""
 
@@ -38,6 +56,8 @@ class Alive(Form):
 
 _SLOW_SECONDS = 1.0
 _RETRY_AFTER_SECONDS = 1
+_CHAIN_SHARE: Final = 0.9
+"""Of the time that the whole check has: a chain that hangs must not hide how the rest fares."""
 
 
 class Health:
@@ -58,15 +78,36 @@ class Health:
         Cancellation: at any time.
         """
         with trio.move_on_after(self._deps.settings.health_request_timeout_seconds) as scope:
-            database = await self.database()
+            checks = await self._checks()
         if scope.cancelled_caught:
             raise ProblemRaised("GATEWAY_TIMEOUT", "The health check did not finish in time")
         return HealthReport(
-            status=database,
+            status=_overall(checks),
             version=self._deps.settings.app_version,
             timestamp=iso(self._deps.clock.now()),
-            checks=Checks(api="ok", database=database),
+            checks=checks,
         )
+
+    async def _checks(self) -> Checks:
+        """Ask everything at the same time; the chain is down where it does not answer in its share of it."""
+        ask_chain = self._deps.chain_health
+        if ask_chain is None:
+            return Checks(api="ok", database=await self.database())
+        found: dict[str, State] = {"soroban_rpc": "down"}
+        if self._deps.settings.horizon_enabled:
+            found["horizon"] = "down"
+
+        async def look_at_chain() -> None:
+            with trio.move_on_after(self._deps.settings.health_request_timeout_seconds * _CHAIN_SHARE):
+                told = await ask_chain()
+                found["soroban_rpc"] = told["rpc"]
+                if "horizon" in told:
+                    found["horizon"] = told["horizon"]
+
+        async with trio.open_nursery() as asking:
+            asking.start_soon(look_at_chain)
+            database = await self.database()
+        return Checks(api="ok", database=database, **found)
 
     async def require_ready(self) -> None:
         """Return when the process may be given work.
@@ -115,8 +156,29 @@ class Health:
         return state
 
 
-def health_routes(health: Health, deps: RestDeps) -> Routes:
-    """Return the probes and the metrics."""
+def _overall(checks: Checks) -> State:
+    """Return how the service fares: it cannot do without its database, and prepaid calls need no chain."""
+    if "down" in (checks.api, checks.database):
+        return "down"
+    states = {checks.api, checks.database, checks.soroban_rpc or "ok", checks.horizon or "ok"}
+    return "ok" if states == {"ok"} else "degraded"
+
+
+Collected = Callable[[], Awaitable[CollectorHealth]]
+
+
+async def nothing_collected() -> CollectorHealth:
+    """Return how a service without meter sources fares."""
+    await trio.lowlevel.checkpoint()
+    return CollectorHealth(ok=True, message="")
+
+
+def health_routes(health: Health, deps: RestDeps, collected: Collected = nothing_collected) -> Routes:
+    """Return the probes and the metrics.
+
+    Args:
+        collected: tells how the last collection run went, without waiting for one.
+    """
     routes = Routes("Operations")
     # One scrape at a time: rendering is work for the interpreter, and two would only slow each other and the calls
     rendering = trio.CapacityLimiter(1)
@@ -127,6 +189,7 @@ def health_routes(health: Health, deps: RestDeps) -> Routes:
         access=Access.PUBLIC,
         answers={200: HealthReport, 503: HealthReport},
         problems=("GATEWAY_TIMEOUT",),
+        aliases=("/health",),
     )
     async def get_health(_: Ask[Any, Any, Any]) -> Answer:
         """How the service and what it depends on fare; 503 where it cannot do without what is down."""
@@ -145,11 +208,12 @@ def health_routes(health: Health, deps: RestDeps) -> Routes:
         await health.require_ready()
         return Answer(Alive())
 
-    @routes.add("GET", "/healthz", access=Access.PUBLIC, answers={200: Alive})
+    @routes.add("GET", "/healthz", access=Access.PUBLIC, answers={200: CollectorReport, 503: CollectorReport})
     async def get_healthz(_: Ask[Any, Any, Any]) -> Answer:
-        """The last collection run where meter sources are configured, else ok."""
-        await trio.lowlevel.checkpoint()
-        return Answer(Alive())
+        """How the last collection run went, where there are meter sources; 503 where it failed, or none ended yet."""
+        told = await collected()
+        report = CollectorReport(status="ok" if told.ok else "degraded", message=told.message)
+        return Answer(report, 200 if told.ok else 503)
 
     @routes.add(
         "GET",

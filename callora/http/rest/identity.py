@@ -1,14 +1,15 @@
 """Who asks over REST: what a request presents, and whom it is taken for.
 
 A person comes with an access token: one of ours, bound to a session that can be ended at once, or one of an outside
-issuer that shares the secret. An operator comes with the admin key, or with a token whose role is admin. API keys,
-their tokens and refresh tokens open nothing here.
+issuer that shares the secret. An operator comes with the admin key, or with a token whose role is admin. A service
+comes with the service token, which opens what is for services and nothing else. API keys, their tokens and refresh
+tokens open nothing here.
 """
 
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Any, Final, Literal, TypeGuard
 
@@ -28,23 +29,29 @@ _CHALLENGE: Final = {"WWW-Authenticate": "Bearer"}
 _SCHEME: Final = "bearer"
 _TIME_MAX: Final = 1e12
 """About 30 000 years."""
+_SHOWN_TIME_MAX: Final = 253_402_300_799
+"""The last second that has a date."""
 
 
 @attrs.frozen
 class Identity:
     """Whom a request is taken for."""
 
-    kind: Literal["user", "admin"]
+    kind: Literal["user", "admin", "service"]
     user_id: UserId | None
-    """None for the admin key, which is nobody in particular."""
+    """None for the admin key and the service token, which are nobody in particular."""
     session_id: str | None = None
     """The session of a token of ours."""
     wallet_address: str | None = None
+    expires_at: datetime | None = None
+    """When its token ends; None where there is none."""
 
     @property
     def actor(self) -> str:
         """How the audit names him."""
-        return f"user:{self.user_id}" if self.user_id is not None else "admin-key"
+        if self.user_id is not None:
+            return f"user:{self.user_id}"
+        return "service-token" if self.kind == "service" else "admin-key"
 
 
 @attrs.frozen
@@ -133,6 +140,7 @@ class Authenticator:
         tokens: TokenSettings | None,
         admin_key: SecretStr | None,
         admin_networks: tuple[IPv4Network | IPv6Network, ...],
+        service_token: SecretStr | None,
         user_header_allowed: bool,
         people: People,
         clock: Clock,
@@ -140,11 +148,13 @@ class Authenticator:
         """Args:
         tokens: None: no token is taken.
         admin_networks: where operators may come from; empty is anywhere.
+        service_token: None: no service is let in.
         user_header_allowed: whether X-User-Id names a user, which it must not in production.
         """
         self._tokens = tokens
         self._admin_key = admin_key
         self._admin_networks = admin_networks
+        self._service_token = service_token
         self._user_header_allowed = user_header_allowed
         self._people = people
         self._clock = clock
@@ -189,6 +199,16 @@ class Authenticator:
             raise ProblemRaised("FORBIDDEN", "Operators only")
         return identity
 
+    def service(self, headers: Headers) -> Identity:
+        """Return the service that asks: with the service token, sent once.
+
+        Raises:
+            ProblemRaised: UNAUTHORIZED, the same whether the token is wrong or none is taken here.
+        """
+        authorizations = headers.getlist("Authorization")
+        require_token(authorizations[0] if len(authorizations) == 1 else None, self._service_token)
+        return Identity("service", None)
+
     def _from_allowed(self, client: str) -> bool:
         try:
             address = ip_address(client)
@@ -232,6 +252,7 @@ class Authenticator:
             user_id,
             session_id,
             wallet if isinstance(wallet, str) else None,
+            datetime.fromtimestamp(min(claims["exp"], _SHOWN_TIME_MAX), UTC),
         )
 
     def _claims(self, token: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ _CHANGED: Final[Mapping[str, str]] = {
     "allowedEndpoints": "allowed_endpoints",
     "allowedIps": "allowed_networks",
     "rateLimitPerMinute": "rate_limit_per_minute",
+    "monthlyCreditCap": "monthly_credit_cap",
     "active": "disabled",
     "expiresAt": "expires_at",
 }
@@ -67,7 +68,7 @@ class KeyDesk:
         return KeyOut(**key_fields(row, self._clock.now()))
 
     def shown_to_operators(self, row: Row) -> AdminKeyOut:
-        return AdminKeyOut(**key_fields(row, self._clock.now()), userId=str(row["user_id"]))
+        return AdminKeyOut(**key_fields(row, self._clock.now()), userId=str(row["user_id"]), planId=row["plan_id"])
 
     async def wrong_narrowing(
         self,
@@ -100,6 +101,18 @@ class KeyDesk:
             return []
         return [_detail("rateLimitPerMinute", f"Must be at most the plan's {plan} calls a minute", "TOO_LARGE")]
 
+    async def refuse_outside_plan(
+        self, vault_id: VaultId, apis: Sequence[int] | None, endpoints: Sequence[int] | None
+    ) -> None:
+        """Return when a vault's plan has all of these APIs, and those of these endpoints.
+
+        Raises:
+            ProblemRaised: PLAN_ENDPOINT_NOT_ALLOWED.
+        """
+        outside = await self.reads.outside_plan(vault_id, apis or (), endpoints or ()) if apis or endpoints else ()
+        if outside:
+            raise ProblemRaised("PLAN_ENDPOINT_NOT_ALLOWED", details={"apis": list(outside)})
+
     def wrong_token(self, row: Row, scopes: Sequence[str], apis: Sequence[int] | None) -> Wrong:
         """Return what of a token's rights its key does not have. Whatever it says, at use both must allow a call."""
         wrong: Wrong = []
@@ -119,13 +132,17 @@ class KeyDesk:
             return []
         return [_detail("expiresAt", "Must lie ahead", "INVALID_VALUE")]
 
-    async def page(self, user_id: UserId | None, query: PageQuery, *, active: bool | None) -> Page:
+    async def page(
+        self, user_id: UserId | None, query: PageQuery, *, active: bool | None = None, plan_id: str | None = None
+    ) -> Page:
         """Return a page of keys, the newest first.
 
         Args:
             user_id: None for everybody's.
         """
-        rows = await self.reads.keys(user_id, before=before_id(query.cursor), active=active, limit=query.limit + 1)
+        rows = await self.reads.keys(
+            user_id, before=before_id(query.cursor), active=active, plan_id=plan_id, limit=query.limit + 1
+        )
         return Page.of(rows, query.limit, "api_key_id")
 
     async def change(self, row: Row, body: KeyPatch, user_id: UserId | None, wrong: Wrong) -> Row:
@@ -146,6 +163,11 @@ class KeyDesk:
             row["allowed_endpoints"],
         )
         refuse(wrong)
+        await self.refuse_outside_plan(
+            VaultId(str(row["vault_id"])),
+            _added(body.allowedApis, row["allowed_apis"]),
+            _added(body.allowedEndpoints, row["allowed_endpoints"]),
+        )
         key_id = ApiKeyId(str(row["api_key_id"]))
         change = KeyChange(
             fields=frozenset(_CHANGED[name] for name in body.model_fields_set),
@@ -156,6 +178,7 @@ class KeyDesk:
             allowed_endpoints=endpoint_ids(body.allowedEndpoints),
             allowed_networks=ip_networks(body.allowedIps),
             rate_limit_per_minute=body.rateLimitPerMinute,
+            monthly_credit_cap=body.monthlyCreditCap,
             disabled=not body.active,
             expires_at=body.expiresAt,
         )
@@ -204,6 +227,10 @@ def refuse(wrong: Wrong) -> None:
 
 def _detail(field: str, message: str, code: str) -> dict[str, str]:
     return {"field": f"body.{field}", "message": message, "code": code}
+
+
+def _added(asked: Sequence[int] | None, kept: Sequence[int] | None) -> Sequence[int]:
+    return [number for number in asked or () if number not in (kept or ())]
 
 
 def _unknown(field: str, kind: str, asked: Sequence[int], known: frozenset[int] | set[int]) -> Wrong:

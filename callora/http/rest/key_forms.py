@@ -25,6 +25,7 @@ from callora.ledger.tokens import ALL_SCOPES
 
 GRACE_SECONDS_MAX: Final = 86_400
 RATE_MAX: Final = 100_000
+CREDITS_MAX: Final = 10**12
 
 Network = Literal["testnet", "mainnet"]
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=120, pattern=r"\S")]
@@ -34,9 +35,14 @@ Scope = Annotated[
     Field(pattern=r"^(\*|[A-Za-z0-9][A-Za-z0-9:._/-]{0,63})$", description="`*` is every scope.", examples=["read"]),
 ]
 Scopes = Annotated[list[Scope], Field(min_length=1, max_length=20)]
+PlanId = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$", examples=["free"])]
 Number = Annotated[int, Field(ge=1, le=INT64_MAX)]
 Numbers = Annotated[list[Number], Field(min_length=1, max_length=100)]
 Rate = Annotated[int, Field(ge=1, le=RATE_MAX)]
+CreditCap = Annotated[
+    int,
+    Field(ge=0, le=CREDITS_MAX, description="Credits of its vault's quota that it may burn in a month; null for all."),
+]
 
 
 def _networks(text: str) -> str:
@@ -77,6 +83,7 @@ class KeyCreate(Form):
     allowedEndpoints: Numbers | None = None
     allowedIps: AllowedIps | None = Field(None, description="Addresses and networks that it may be used from.")
     rateLimitPerMinute: Rate | None = Field(None, description="At most what the vault's plan allows; null for that.")
+    monthlyCreditCap: CreditCap | None = None
     expiresAt: Instant | None = None
 
 
@@ -87,6 +94,7 @@ class ApiKeyCreate(Form):
     network: Network = "testnet"
     scopes: Scopes = Field([ALL_SCOPES])
     rateLimitPerMinute: Rate | None = None
+    monthlyCreditCap: CreditCap | None = None
 
 
 class KeyPatch(Form):
@@ -100,6 +108,7 @@ class KeyPatch(Form):
     allowedEndpoints: Numbers | None = None
     allowedIps: AllowedIps | None = None
     rateLimitPerMinute: Rate | None = None
+    monthlyCreditCap: CreditCap | None = None
     active: bool = Field(default_factory=lambda: True)
     expiresAt: Instant | None = None
 
@@ -126,6 +135,7 @@ class KeyOut(Form):
     allowedEndpoints: list[int] | None
     allowedIps: list[str] | None
     rateLimitPerMinute: int | None = Field(description="Its own rate; null for its plan's.")
+    monthlyCreditCap: int | None = Field(description="null: what its vault has.")
     active: bool = Field(description="Neither disabled nor revoked.")
     revoked: bool
     formerSecretUntil: InstantOut | None = Field(description="Until when the secret before the present one works.")
@@ -139,6 +149,7 @@ class AdminKeyOut(KeyOut):
     """A key and whose it is."""
 
     userId: str
+    planId: str = Field(description="The plan of its vault.")
 
 
 class KeyMade(Form):
@@ -166,6 +177,7 @@ class AdminKeyQuery(PageQuery):
     """Which keys."""
 
     userId: Uuid | None = None
+    planId: PlanId | None = Field(default=None, description="Only keys of vaults that have this plan.")
     active: Flag | None = None
 
 
@@ -188,8 +200,9 @@ def key_fields(row: Mapping[str, Any], now: datetime) -> dict[str, Any]:
         "scopes": row["scopes"],
         "allowedApis": row["allowed_apis"],
         "allowedEndpoints": row["allowed_endpoints"],
-        "allowedIps": None if row["allowed_cidrs"] is None else [_shown(n) for n in row["allowed_cidrs"]],
+        "allowedIps": None if row["allowed_cidrs"] is None else [network_text(n) for n in row["allowed_cidrs"]],
         "rateLimitPerMinute": row["rate_limit_per_minute"],
+        "monthlyCreditCap": row["monthly_credit_cap"],
         "active": row["revoked_at"] is None and not row["disabled"],
         "revoked": row["revoked_at"] is not None,
         "formerSecretUntil": iso(former_until) if former_until and former_until > now else None,
@@ -225,5 +238,6 @@ def ip_networks(texts: Sequence[str] | None) -> list[IPv4Network | IPv6Network] 
     return None if texts is None else list(dict.fromkeys(ip_network(text) for text in texts))
 
 
-def _shown(network: IPv4Network | IPv6Network) -> str:
+def network_text(network: IPv4Network | IPv6Network) -> str:
+    """Return a network as answers show it: one address without its length."""
     return str(network.network_address) if network.num_addresses == 1 else str(network)

@@ -42,7 +42,7 @@ def _making_routes(routes: Routes, desk: KeyDesk, vaults: VaultOpening, vault_re
         access=Access.USER,
         body=KeyCreate,
         answers={201: KeyMade},
-        problems=("VAULT_NOT_FOUND",),
+        problems=("VAULT_NOT_FOUND", "PLAN_ENDPOINT_NOT_ALLOWED"),
         aliases=("/api-keys",),
     )
     async def create_key(ask: Ask[Any, Any, KeyCreate]) -> Answer:
@@ -63,6 +63,7 @@ def _making_routes(routes: Routes, desk: KeyDesk, vaults: VaultOpening, vault_re
             network = body.network or "testnet"
             vault_id = (await vaults.ensure(user_id, network)).vault_id
         refuse(wrong + await desk.wrong_rate(vault_id, body.rateLimitPerMinute))
+        await desk.refuse_outside_plan(vault_id, body.allowedApis, body.allowedEndpoints)
         made = await desk.keyring.create(
             KeySpec(
                 vault_id=vault_id,
@@ -74,6 +75,7 @@ def _making_routes(routes: Routes, desk: KeyDesk, vaults: VaultOpening, vault_re
                 allowed_endpoints=endpoint_ids(body.allowedEndpoints),
                 allowed_networks=ip_networks(body.allowedIps),
                 rate_limit_per_minute=body.rateLimitPerMinute,
+                monthly_credit_cap=body.monthlyCreditCap,
                 expires_at=body.expiresAt,
             )
         )
@@ -86,7 +88,7 @@ def _making_routes(routes: Routes, desk: KeyDesk, vaults: VaultOpening, vault_re
         path_form=ApiPath,
         body=ApiKeyCreate,
         answers={201: KeyMade},
-        problems=("NOT_FOUND",),
+        problems=("NOT_FOUND", "PLAN_ENDPOINT_NOT_ALLOWED"),
     )
     async def create_api_key(ask: Ask[ApiPath, Any, ApiKeyCreate]) -> Answer:
         """Make a key for one published API.
@@ -99,6 +101,7 @@ def _making_routes(routes: Routes, desk: KeyDesk, vaults: VaultOpening, vault_re
             raise ProblemRaised("NOT_FOUND", "No such API")
         vault_id = (await vaults.ensure(UserId(ask.user_id), body.network)).vault_id
         refuse(await desk.wrong_rate(vault_id, body.rateLimitPerMinute))
+        await desk.refuse_outside_plan(vault_id, [api_id], None)
         made = await desk.keyring.create(
             KeySpec(
                 vault_id=vault_id,
@@ -110,6 +113,7 @@ def _making_routes(routes: Routes, desk: KeyDesk, vaults: VaultOpening, vault_re
                 allowed_endpoints=None,
                 allowed_networks=None,
                 rate_limit_per_minute=body.rateLimitPerMinute,
+                monthly_credit_cap=body.monthlyCreditCap,
                 expires_at=None,
             )
         )
@@ -120,7 +124,7 @@ def _keeping_routes(routes: Routes, desk: KeyDesk) -> None:
     @routes.add("GET", "/api/keys", access=Access.USER, query=PageQuery, answers={200: KeyList}, aliases=("/api-keys",))
     async def list_keys(ask: Ask[Any, PageQuery, Any]) -> Answer:
         """Your keys, the newest first, masked."""
-        page = await desk.page(UserId(ask.user_id), ask.query, active=None)
+        page = await desk.page(UserId(ask.user_id), ask.query)
         return Answer(KeyList(data=[desk.shown(row) for row in page.rows], meta=page.meta))
 
     @routes.add(
@@ -143,7 +147,7 @@ def _keeping_routes(routes: Routes, desk: KeyDesk) -> None:
         path_form=KeyPath,
         body=KeyPatch,
         answers={200: KeyOut},
-        problems=("API_KEY_NOT_FOUND", "CONFLICT"),
+        problems=("API_KEY_NOT_FOUND", "CONFLICT", "PLAN_ENDPOINT_NOT_ALLOWED"),
         aliases=("/api-keys/{keyId}",),
     )
     async def change_key(ask: Ask[KeyPath, Any, KeyPatch]) -> Answer:

@@ -48,6 +48,8 @@ class Access(Enum):
     """A person who is logged in."""
     ADMIN = "admin"
     """An operator. Every access is audited."""
+    SERVICE = "service"
+    """A service that has the service token. Every access is counted, and audited where the operation says so."""
 
 
 @attrs.frozen
@@ -63,6 +65,8 @@ class Ask(Generic[P, Q, B]):
     exchange: Exchange
     idempotency_key: str | None = None
     """The client's name for the intent, where the operation takes one and it was sent."""
+    raw: bytes = b""
+    """The body as it came, where the operation takes it so."""
 
     @property
     def user_id(self) -> str:
@@ -89,6 +93,8 @@ class Text:
 
     media_type: str
     description: str
+    endless: bool = False
+    """Whether it lasts for as long as its client stays."""
 
 
 Handler = Callable[[Ask[Any, Any, Any]], Awaitable[Answer]]
@@ -106,6 +112,8 @@ class Operation:
     description: str
     tag: str
     access: Access
+    audited: bool
+    """Whether every access is noted in the audit, whatever comes of it."""
     path_form: type[Form]
     query_form: type[Form]
     body_form: type[Form] | None
@@ -121,6 +129,8 @@ class Operation:
     """Where the operation takes a larger body than REQUEST_BODY_LIMIT."""
     urlencoded: bool
     """Whether the body may be an HTML form's as well; only for bodies that are texts."""
+    raw_body: tuple[str, ...]
+    """Media types whose body is handed over as it came, in place of a form's."""
     alias_of: str | None
     """The canonical path of a second name."""
     handler: Handler
@@ -152,6 +162,8 @@ class Routes:
         idempotency_key: str = "none",
         body_bytes_max: int | None = None,
         urlencoded: bool = False,
+        raw_body: Sequence[str] = (),
+        audited: bool = False,
         aliases: Sequence[str] = (),
     ) -> Callable[[Handler], Handler]:
         """Declare an operation; its handler's name is its id, the first line of its docstring its summary."""
@@ -160,6 +172,7 @@ class Routes:
             summary, _, rest = (handler.__doc__ or "").strip().partition("\n")
             name = getattr(handler, "__name__", "")
             assert summary, f"{name} needs a docstring"
+            assert body is None or not raw_body, f"{name}: a form or what came"
             if idempotency_key != "none":
                 assert access is not Access.PUBLIC, f"{name}: a key belongs to who asks"
                 assert not any(isinstance(each, Text) for each in answers.values()), f"{name}: only JSON is kept"
@@ -174,6 +187,7 @@ class Routes:
                         description=" ".join(rest.split()),
                         tag=self.tag,
                         access=access,
+                        audited=audited or access is Access.ADMIN,
                         path_form=path_form,
                         query_form=query,
                         body_form=body,
@@ -183,6 +197,7 @@ class Routes:
                         idempotency_key=idempotency_key,
                         body_bytes_max=body_bytes_max,
                         urlencoded=urlencoded,
+                        raw_body=tuple(raw_body),
                         alias_of=path if number else None,
                         handler=handler,
                     )
@@ -196,6 +211,8 @@ Admit = Callable[[str, str, str], None]
 """Takes a method and path's request by someone (`user:…`, `ip:…`) from his rate limit, or raises TOO_MANY_REQUESTS."""
 Audit = Callable[[Identity | None, Operation, Exchange, int, Mapping[str, str]], Awaitable[None]]
 """Writes a line of the audit: who, what, from where, with which status, and the path's parameters."""
+Count = Callable[[str, int], None]
+"""Counts an access by a service: the operation's id and the answer's status."""
 
 
 @attrs.frozen
@@ -205,6 +222,7 @@ class Doors:
     authenticator: Authenticator
     admit: Admit
     audit: Audit
+    count: Count
     intents: Intents | None = None
     """Needed where any operation takes an Idempotency-Key."""
 
@@ -259,8 +277,8 @@ def _refuse_method(methods: set[str]) -> Callable[..., Awaitable[Response]]:
 def _view(operation: Operation, doors: Doors) -> Callable[..., Awaitable[Response]]:
     async def view(**parameters: str) -> Response:
         exchange = cast(Exchange, cast(dict[str, Any], request.scope)[EXCHANGE])
-        if operation.access is Access.ADMIN:
-            return await _audited(operation, doors, exchange, parameters)
+        if operation.access in (Access.ADMIN, Access.SERVICE):
+            return await _noted(operation, doors, exchange, parameters)
         identity = None
         if operation.access is Access.USER:
             try:
@@ -275,13 +293,12 @@ def _view(operation: Operation, doors: Doors) -> Callable[..., Awaitable[Respons
     return view
 
 
-async def _audited(operation: Operation, doors: Doors, exchange: Exchange, parameters: Mapping[str, str]) -> Response:
-    """Carry out an operator's request, and note it whatever came of it, before it is answered."""
+async def _noted(operation: Operation, doors: Doors, exchange: Exchange, parameters: Mapping[str, str]) -> Response:
+    """Carry out an operator's or a service's request, and note it whatever came of it, before it is answered."""
     identity: Identity | None = None
     status = 500
     try:
-        doors.admit(operation.method, operation.path, exchange.caller)
-        identity = await doors.authenticator.admin(request.headers, exchange.client)
+        identity = await _privileged(operation, doors, exchange)
         response = await _carry_out(operation, doors, await _read(operation, identity, exchange, parameters))
         status = response.status_code
         return response
@@ -295,7 +312,22 @@ async def _audited(operation: Operation, doors: Doors, exchange: Exchange, param
         status = 504
         raise
     finally:
-        await doors.audit(identity, operation, exchange, status, parameters)  # noqa: ASYNC102 - shields itself
+        if operation.access is Access.SERVICE:
+            doors.count(operation.operation_id, status)
+        if operation.audited:
+            await doors.audit(identity, operation, exchange, status, parameters)  # noqa: ASYNC102 - shields itself
+
+
+async def _privileged(operation: Operation, doors: Doors, exchange: Exchange) -> Identity:
+    if operation.access is Access.ADMIN:
+        doors.admit(operation.method, operation.path, exchange.caller)
+        return await doors.authenticator.admin(request.headers, exchange.client)
+    try:
+        return doors.authenticator.service(request.headers)
+    except ProblemRaised:
+        # Who guesses is limited; a service speaks for many and is not.
+        doors.admit(operation.method, operation.path, exchange.caller)
+        raise
 
 
 async def _read(
@@ -305,8 +337,13 @@ async def _read(
     path, wrong_path = read_texts(operation.path_form, "path", MultiDict(parameters))
     query, wrong_query = read_texts(operation.query_form, "query", request.args)
     body: Form | None = None
+    raw: bytes | None = None
     wrong_body: list[dict[str, str]] = []
-    if operation.body_form is not None:
+    if operation.raw_body:
+        if request.mimetype not in operation.raw_body:
+            raise ProblemRaised("UNSUPPORTED_MEDIA_TYPE", f"Send the body as {' or '.join(operation.raw_body)}")
+        raw = cast(bytes, await request.get_data(as_text=False))
+    elif operation.body_form is not None:
         if operation.urlencoded and request.mimetype == URLENCODED:
             body, wrong_body = read_texts(operation.body_form, "body", await request.form)
         elif request.mimetype == CONTENT_TYPE:
@@ -323,7 +360,7 @@ async def _read(
     key = None
     if operation.idempotency_key != "none":
         key = presented_key(request.headers, body, required=operation.idempotency_key == "required")
-    return Ask(path, query, body, identity, request.headers, exchange, key)
+    return Ask(path, query, body, identity, request.headers, exchange, key, raw or b"")
 
 
 async def _carry_out(operation: Operation, doors: Doors, ask: Ask[Any, Any, Any]) -> Response:
@@ -359,7 +396,10 @@ def _respond(operation: Operation, answer: Answer) -> Response:
     if isinstance(promised, Text):
         assert answer.body is not None
         assert not isinstance(answer.body, Form)
-        return Response(answer.body, answer.status, headers, content_type=promised.media_type)
+        response = Response(answer.body, answer.status, headers, content_type=promised.media_type)
+        # A stream ends by itself: who takes nothing of it is cut off by the listener, whatever the framework would do.
+        response.timeout = None
+        return response
     assert isinstance(answer.body, promised), f"{operation.operation_id} answers {type(answer.body).__name__}"
     document = answer.body.model_dump_json(by_alias=True).encode()
     if operation.etag:

@@ -1,6 +1,7 @@
 """What operators see and do: people, the standing of vaults, circuit breakers, and the audit of all of it."""
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 import trio
@@ -13,7 +14,7 @@ from callora.http.gateway.admission import Admission
 from callora.http.problems import ProblemRaised
 from callora.http.rest.billing_forms import Network, Reason
 from callora.http.rest.forms import (
-    ApiNumber,
+    INT64_MAX,
     Form,
     Instant,
     InstantOut,
@@ -86,6 +87,8 @@ class VaultLine(Form):
     plan: str
     balance_usdc: UsdcOut
     held_usdc: UsdcOut
+    owed_usdc: UsdcOut
+    arrears_since: InstantOut | None = Field(description="Since when it owes without a break; null where it does not.")
     standing: Standing
     created_at: InstantOut
 
@@ -114,14 +117,22 @@ class StandingBody(Form):
     """How a user's vault stands from now on."""
 
     network: Network
-    standing: Standing = Field(description="Anything but active refuses new charges; suspended refuses calls at once.")
+    standing: Standing = Field(
+        description="Anything but active refuses new charges; suspended refuses calls at once. Who owes is in arrears"
+        " at best."
+    )
     reason: Reason
 
 
-class BreakerState(Form):
-    """An API's circuit breaker in the process that answers."""
+_CHAIN_BREAKERS: Final = ("chain:rpc", "chain:horizon")
+"""In the order in which they are listed, before the APIs'."""
 
-    apiId: int
+
+class BreakerState(Form):
+    """A circuit breaker in the process that answers."""
+
+    key: str = Field(description="What it is called: an API's number, `chain:rpc` or `chain:horizon`.")
+    apiId: int | None = Field(description="The API's number; null for the chain's.")
     state: Literal["closed", "open", "half_open"]
     failures: int = Field(description="Failures in a row that count towards opening.")
     retryAfterSeconds: float = Field(description="How long an open breaker admits no trial yet.")
@@ -132,16 +143,19 @@ class BreakerState(Form):
 
 
 class BreakerList(Form):
-    """The breakers of the APIs that this process has called, by their number."""
+    """The breakers before the chain, where it is configured, and of the APIs that this process has called."""
 
     data: list[BreakerState]
     meta: PageMeta
 
 
 class BreakerPath(Form):
-    """Whose breaker."""
+    """Which breaker."""
 
-    apiId: ApiNumber
+    key: str = Field(
+        pattern=r"^(chain:rpc|chain:horizon|[1-9][0-9]{0,18})$",
+        description="An API's number, `chain:rpc` or `chain:horizon`.",
+    )
 
 
 class BreakerBody(Form):
@@ -183,9 +197,18 @@ class AuditList(Form):
 
 
 def operator_routes(
-    database: reads.Database, registry: VaultRegistry, catalogue: Catalogue, admission: Admission, clock: Clock
+    database: reads.Database,
+    registry: VaultRegistry,
+    catalogue: Catalogue,
+    admission: Admission,
+    chain_breakers: Mapping[str, Breaker],
+    clock: Clock,
 ) -> Routes:
-    """Return the routes of people, standings, breakers and the audit."""
+    """Return the routes of people, standings, breakers and the audit.
+
+    Args:
+        chain_breakers: those before the chain, by their keys; empty where it is not configured.
+    """
     routes = Routes("Operators")
 
     @routes.add("GET", "/api/admin/users", access=Access.ADMIN, query=PeopleQuery, answers={200: PersonList}, etag=True)
@@ -243,37 +266,44 @@ def operator_routes(
 
     @routes.add("GET", "/api/admin/circuit-breakers", access=Access.ADMIN, query=PageQuery, answers={200: BreakerList})
     async def list_breakers(ask: Ask[Any, PageQuery, Any]) -> Answer:
-        """The circuit breakers of the APIs that this process has called; every process has its own."""
+        """The circuit breakers before the chain and of the APIs that this process has called.
+
+        Every process has its own.
+        """
         await trio.lowlevel.checkpoint()
         limit = ask.query.limit
         position = decode_cursor(ask.query.cursor, int)
-        after = 0 if position is None else position[0]
-        breakers = admission.breaker_states()
-        found = sorted(api_id for api_id in breakers if api_id > after)
+        # The chain's come before the APIs', whose numbers begin at 1.
+        breakers = {
+            number - len(_CHAIN_BREAKERS): (key, chain_breakers[key])
+            for number, key in enumerate(_CHAIN_BREAKERS)
+            if key in chain_breakers
+        }
+        breakers |= {api_id: (str(api_id), breaker) for api_id, breaker in admission.breaker_states().items()}
+        found = sorted(number for number in breakers if position is None or number > position[0])
         cursor = encode_cursor(found[limit - 1]) if len(found) > limit else None
         return Answer(
             BreakerList(
-                data=[_breaker(api_id, breakers[api_id]) for api_id in found[:limit]],
+                data=[_breaker(*breakers[number]) for number in found[:limit]],
                 meta=PageMeta(limit=limit, nextCursor=cursor, hasMore=cursor is not None),
             )
         )
 
     @routes.add(
         "GET",
-        "/api/admin/circuit-breakers/{apiId}",
+        "/api/admin/circuit-breakers/{key}",
         access=Access.ADMIN,
         path_form=BreakerPath,
         answers={200: BreakerState},
         problems=("NOT_FOUND",),
     )
     async def get_breaker(ask: Ask[BreakerPath, Any, Any]) -> Answer:
-        """An API's circuit breaker in the process that answers."""
-        api_id = await known(ask.path.apiId)
-        return Answer(_breaker(api_id, admission.breaker_states().get(api_id, _NEVER_FAILED)))
+        """A circuit breaker in the process that answers."""
+        return Answer(_breaker(ask.path.key, await breaker_of(ask.path.key, make=False)))
 
     @routes.add(
         "POST",
-        "/api/admin/circuit-breakers/{apiId}/reset",
+        "/api/admin/circuit-breakers/{key}/reset",
         access=Access.ADMIN,
         path_form=BreakerPath,
         body=BreakerBody,
@@ -281,15 +311,15 @@ def operator_routes(
         problems=("NOT_FOUND",),
     )
     async def reset_breaker(ask: Ask[BreakerPath, Any, BreakerBody]) -> Answer:
-        """Close an API's circuit breaker in the process that answers: its upstream is called again."""
+        """Close a circuit breaker in the process that answers: what it stands before is called again."""
         note_reason(ask)
-        api_id = await known(ask.path.apiId)
-        admission.breaker(api_id).reset()
-        return Answer(_breaker(api_id, admission.breaker(api_id)))
+        breaker = await breaker_of(ask.path.key, make=True)
+        breaker.reset(trio.current_time())
+        return Answer(_breaker(ask.path.key, breaker))
 
     @routes.add(
         "POST",
-        "/api/admin/circuit-breakers/{apiId}/trip",
+        "/api/admin/circuit-breakers/{key}/trip",
         access=Access.ADMIN,
         path_form=BreakerPath,
         body=BreakerBody,
@@ -297,15 +327,15 @@ def operator_routes(
         problems=("NOT_FOUND",),
     )
     async def trip_breaker(ask: Ask[BreakerPath, Any, BreakerBody]) -> Answer:
-        """Open an API's circuit breaker in the process that answers.
+        """Open a circuit breaker in the process that answers.
 
-        Calls are refused until its cooldown has passed; then it tries the upstream again. To take an API off for
-        longer, pause it.
+        Calls are refused until its cooldown has passed; then a trial is admitted. To take an API off for longer, pause
+        it.
         """
         note_reason(ask)
-        api_id = await known(ask.path.apiId)
-        admission.breaker(api_id).trip(trio.current_time())
-        return Answer(_breaker(api_id, admission.breaker(api_id)))
+        breaker = await breaker_of(ask.path.key, make=True)
+        breaker.trip(trio.current_time())
+        return Answer(_breaker(ask.path.key, breaker))
 
     @routes.add("GET", "/api/admin/audit", access=Access.ADMIN, query=AuditQuery, answers={200: AuditList})
     async def list_audit(ask: Ask[Any, AuditQuery, Any]) -> Answer:
@@ -342,10 +372,16 @@ def operator_routes(
             keys=KeyCounts(total=found.keys, active=found.live_keys),
         )
 
-    async def known(number: int) -> ApiId:
-        if not await reads.api_exists(database, ApiId(number)):
+    async def breaker_of(key: str, *, make: bool) -> Breaker:
+        if key in _CHAIN_BREAKERS:
+            await trio.lowlevel.checkpoint()
+            if key not in chain_breakers:
+                raise ProblemRaised("NOT_FOUND", "The chain is not configured, or not this part of it")
+            return chain_breakers[key]
+        api_id = ApiId(int(key))
+        if api_id > INT64_MAX or not await reads.api_exists(database, api_id):
             raise ProblemRaised("NOT_FOUND", "No such API")
-        return ApiId(number)
+        return admission.breaker(api_id) if make else admission.breaker_states().get(api_id, _NEVER_FAILED)
 
     def note_reason(ask: Ask[Any, Any, BreakerBody]) -> None:
         if ask.body.reason is not None:
@@ -375,14 +411,17 @@ def _vault_line(found: reads.VaultFound) -> VaultLine:
         plan=found.plan_id,
         balance_usdc=usdc(found.available),
         held_usdc=usdc(found.held),
+        owed_usdc=usdc(found.owed),
+        arrears_since=None if found.arrears_since is None else iso(found.arrears_since),
         standing=found.standing,
         created_at=iso(found.created_at),
     )
 
 
-def _breaker(api_id: ApiId, breaker: Breaker) -> BreakerState:
+def _breaker(key: str, breaker: Breaker) -> BreakerState:
     return BreakerState(
-        apiId=api_id,
+        key=key,
+        apiId=None if key in _CHAIN_BREAKERS else int(key),
         state=breaker.state,
         failures=breaker.failures,
         retryAfterSeconds=round(breaker.remaining(trio.current_time()), 3),

@@ -42,7 +42,9 @@ def document_routes(operations: Callable[[], Sequence[Operation]], version: str)
         await trio.lowlevel.checkpoint()
         return Answer(as_json())
 
-    @routes.add("GET", "/api/docs", access=Access.PUBLIC, answers={200: Text(HTML, "The reference page")})
+    @routes.add(
+        "GET", "/api/docs", access=Access.PUBLIC, answers={200: Text(HTML, "The reference page")}, aliases=("/docs",)
+    )
     async def get_docs(_: Ask[Any, Any, Any]) -> Answer:
         """The reference page, made of this document."""
         await trio.lowlevel.checkpoint()

@@ -1,5 +1,6 @@
 """Usage of those who call: single calls, sums, exports, and what each key did."""
 
+from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from datetime import timedelta
 from typing import Any, Final
@@ -92,9 +93,33 @@ def latest_days(clock: Clock, count: int) -> Span:
     return Span(today - (count - 1) * DAY, today + DAY)
 
 
+class _Export:
+    """Batches of lines; no connection is held while one is sent, and an export that ends early leaves nothing open."""
+
+    def __init__(self, database: reads.Database, scope: reads.Scope, status: calls.Status | None) -> None:
+        self._database = database
+        self._scope = scope
+        self._status = status
+        self._vaults = deque(scope.vault_ids)
+        self._reached: EventId = calls.LATEST
+
+    def __aiter__(self) -> "_Export":
+        return self
+
+    async def __anext__(self) -> bytes:
+        while self._vaults:
+            rows, reached = await _batch(self._database, self._vaults[0], self._scope, self._status, self._reached)
+            if reached is None:
+                self._vaults.popleft()
+            self._reached = reached or calls.LATEST
+            if rows:
+                return csv_lines(rows)
+        raise StopAsyncIteration
+
+
 async def _export(database: reads.Database, scope: reads.Scope, status: calls.Status | None) -> AsyncIterator[bytes]:
     """Return the lines of an export; the first batch is read before this returns, so that its faults are told."""
-    batches = _batches(database, scope, status)
+    batches = _Export(database, scope, status)
     first = await anext(batches, b"")
 
     async def lines() -> AsyncIterator[bytes]:
@@ -103,16 +128,6 @@ async def _export(database: reads.Database, scope: reads.Scope, status: calls.St
             yield batch
 
     return lines()
-
-
-async def _batches(database: reads.Database, scope: reads.Scope, status: calls.Status | None) -> AsyncIterator[bytes]:
-    """Yield batches of lines; no connection is held while one is sent."""
-    for vault_id in scope.vault_ids:
-        reached: EventId | None = calls.LATEST
-        while reached is not None:
-            rows, reached = await _batch(database, vault_id, scope, status, reached)
-            if rows:
-                yield csv_lines(rows)
 
 
 async def _batch(

@@ -1,6 +1,6 @@
 """Vaults: opened once a network, their balances, and the statement of everything that moved them."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
@@ -29,7 +29,7 @@ from callora.ledger.ids import UserId, VaultId
 from callora.ledger.statement import Bound, Position, after, before_moment, earlier, usage_position
 from callora.store.reads.vaults import VaultReads
 
-Kind = Literal["deposit", "withdrawal", "refund", "grant", "adjustment", "usage"]
+Kind = Literal["deposit", "withdrawal", "refund", "grant", "adjustment", "subscription", "usage"]
 SignedUsdc = Annotated[str, Field(pattern=r"^-?[0-9]+\.[0-9]{7}$", examples=["-0.0100000"])]
 _ALWAYS: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _NEVER: Final = datetime(9999, 12, 31, tzinfo=UTC)
@@ -54,9 +54,10 @@ class VaultOut(Form):
     network: Network
     plan: str
     standing: Literal["active", "arrears", "suspended"]
-    balance_usdc: UsdcOut = Field(description="Available and held together.")
+    balance_usdc: UsdcOut = Field(description="Available and held together, less what is owed.")
     available_usdc: UsdcOut
     held_usdc: UsdcOut = Field(description="Set aside for calls in hand.")
+    owed_usdc: UsdcOut = Field(description="What counters charged beyond the balance; a deposit pays it first.")
     createdAt: InstantOut
 
 
@@ -70,13 +71,14 @@ class VaultList(Form):
 class BalanceOut(Form):
     """What a vault has."""
 
-    balance_usdc: UsdcOut = Field(description="Available and held together.")
+    balance_usdc: UsdcOut = Field(description="Available and held together, less what is owed.")
     available_usdc: UsdcOut
     held_usdc: UsdcOut = Field(description="Set aside for calls in hand.")
+    owed_usdc: UsdcOut = Field(description="What counters charged beyond the balance; a deposit pays it first.")
     contractId: str | None = Field(description="The vault contract; null until the chain is configured.")
     network: Network
     lastSyncedAt: InstantOut | None = Field(
-        description="When the chain was last looked at; null before the first time."
+        description="When a new ledger was last looked at for deposits; null before the first time."
     )
 
 
@@ -107,7 +109,11 @@ class Statement(Form):
     meta: PageMeta
 
 
-def vaults_routes(opening: VaultOpening, reads: VaultReads) -> Routes:
+Synced = Callable[[str], Awaitable[tuple[str, datetime] | None]]
+"""Returns a network's vault contract and when its events were last looked at; None before the first time."""
+
+
+def vaults_routes(opening: VaultOpening, reads: VaultReads, synced: Synced) -> Routes:
     """Return the routes of vaults."""
     routes = Routes("Vaults")
 
@@ -142,14 +148,16 @@ def vaults_routes(opening: VaultOpening, reads: VaultReads) -> Routes:
     async def get_balance(ask: Ask[Any, NetworkQuery, Any]) -> Answer:
         """What your vault on a network has."""
         row = await own(ask.user_id, ask.query.network)
+        contract_id, at = await synced(ask.query.network) or (None, None)
         return Answer(
             BalanceOut(
-                balance_usdc=usdc(row["available"] + row["held"]),
+                balance_usdc=usdc(row["available"] + row["held"] - row["owed"]),
+                owed_usdc=usdc(row["owed"]),
                 available_usdc=usdc(row["available"]),
                 held_usdc=usdc(row["held"]),
-                contractId=None,
+                contractId=contract_id,
                 network=ask.query.network,
-                lastSyncedAt=None,
+                lastSyncedAt=None if at is None else iso(at),
             )
         )
 
@@ -208,7 +216,8 @@ def _shown(row: Mapping[str, Any]) -> VaultOut:
         network=row["network"],
         plan=row["plan_id"],
         standing=row["standing"],
-        balance_usdc=usdc(row["available"] + row["held"]),
+        balance_usdc=usdc(row["available"] + row["held"] - row["owed"]),
+        owed_usdc=usdc(row["owed"]),
         available_usdc=usdc(row["available"]),
         held_usdc=usdc(row["held"]),
         createdAt=iso(row["created_at"]),

@@ -19,10 +19,12 @@ _INT64_MAX: Final = 2**63 - 1
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROS_MAX: Final = 253_402_300_799_000_000
 
-_CURRENT_PRICE: Final = """
-SELECT p.amount FROM endpoint_prices p WHERE p.endpoint_id = e.endpoint_id AND p.effective_from <= $1
+_CARD: Final = "{0}.unit, {0}.unit_credits, {0}.min_units, {0}.held_units, {0}.max_units, {0}.quantity_from"
+_PRICE_NOW: Final = """
+SELECT {columns} FROM endpoint_prices p WHERE p.endpoint_id = e.endpoint_id AND p.effective_from <= $1
 ORDER BY p.effective_from DESC, p.version DESC LIMIT 1
 """
+_CURRENT_PRICE: Final = _PRICE_NOW.format(columns="p.amount")
 
 _COLUMNS: Final = f"""
 a.api_id, a.slug, a.name, a.description, a.category, a.tags, a.logo_url, a.status, a.created_at, a.updated_at,
@@ -125,32 +127,34 @@ ORDER BY a.created_at DESC, a.api_id DESC LIMIT $10
 """
 
 _ENDPOINTS: Final = f"""
-SELECT e.api_id, e.endpoint_id, e.method, e.path, e.description, e.billable_statuses, e.required_scope, c.amount,
-       n.amount AS next_amount, n.effective_from AS next_from
+SELECT e.api_id, e.endpoint_id, e.method, e.path, e.description, e.billable_statuses, e.required_scope, c.*,
+       n.amount AS next_amount, n.effective_from AS next_from, n.unit AS next_unit, n.unit_credits AS next_unit_credits,
+       n.min_units AS next_min_units, n.held_units AS next_held_units, n.max_units AS next_max_units,
+       n.quantity_from AS next_quantity_from
 FROM unnest($2::bigint[]) AS wanted (api_id)
 CROSS JOIN LATERAL (
     SELECT * FROM api_endpoints x WHERE x.api_id = wanted.api_id AND x.retired_at IS NULL
         AND ($4::bigint[] IS NULL OR x.endpoint_id = ANY ($4))
     ORDER BY x.endpoint_id LIMIT $3) AS e
-LEFT JOIN LATERAL ({_CURRENT_PRICE}) AS c ON true
+LEFT JOIN LATERAL ({_PRICE_NOW.format(columns="p.amount, " + _CARD.format("p"))}) AS c ON true
 LEFT JOIN LATERAL (
-    SELECT p.amount, p.effective_from FROM endpoint_prices p
+    SELECT p.amount, p.effective_from, {_CARD.format("p")} FROM endpoint_prices p
     WHERE p.endpoint_id = e.endpoint_id AND p.effective_from > $1
     ORDER BY p.effective_from, p.version DESC LIMIT 1) AS n ON true
 ORDER BY e.api_id, e.endpoint_id
 """  # noqa: S608 - constants only
 
 # A version that another of the same date replaced was never in effect, and is not exported.
-_SCHEDULE: Final = """
-SELECT e.endpoint_id, p.amount, p.effective_from
+_SCHEDULE: Final = f"""
+SELECT e.endpoint_id, p.*
 FROM api_endpoints e CROSS JOIN LATERAL (
-    SELECT v.amount, v.effective_from,
+    SELECT v.amount, v.effective_from, {_CARD.format("v")},
            lead(v.effective_from) OVER (ORDER BY v.effective_from, v.version) AS replaced_at
     FROM endpoint_prices v WHERE v.endpoint_id = e.endpoint_id) AS p
 WHERE e.api_id = $1 AND e.retired_at IS NULL AND p.effective_from > $2
   AND (p.replaced_at IS NULL OR p.replaced_at > p.effective_from)
 ORDER BY e.endpoint_id, p.effective_from
-"""
+"""  # noqa: S608 - constants only
 
 _OWN_ENDPOINT: Final = """
 SELECT e.endpoint_id FROM api_endpoints e JOIN apis a ON a.api_id = e.api_id
@@ -159,7 +163,7 @@ WHERE (a.slug = $1 OR a.api_id = $2) AND e.endpoint_id = $3 AND d.user_id = $4 A
 """
 
 _VERSIONS: Final = """
-SELECT version, amount, effective_from,
+SELECT version, amount, effective_from, unit, unit_credits, min_units, held_units, max_units, quantity_from,
        version = (SELECT q.version FROM endpoint_prices q WHERE q.endpoint_id = $1 AND q.effective_from <= $2
                   ORDER BY q.effective_from DESC, q.version DESC LIMIT 1) AS in_effect
 FROM endpoint_prices WHERE endpoint_id = $1 AND version < $3 ORDER BY version DESC LIMIT $4

@@ -46,11 +46,12 @@ ORDER BY r.created_at DESC, r.request_id LIMIT $2
 _VAULTS: Final = "SELECT vault_id, network FROM vaults WHERE user_id = $1"
 
 _KEY: Final = """
-SELECT vault_id, (allowed_apis IS NULL OR $4::bigint = ANY (allowed_apis)) AS api_allowed,
-       (allowed_endpoints IS NULL OR $5::bigint = ANY (allowed_endpoints)) AS endpoint_allowed
-FROM api_keys
-WHERE api_key_id = $1 AND user_id = $2 AND revoked_at IS NULL AND NOT disabled
-      AND (expires_at IS NULL OR expires_at > $3)
+SELECT k.vault_id, (k.allowed_apis IS NULL OR $4::bigint = ANY (k.allowed_apis)) AS api_allowed,
+       (p.allowed_apis IS NULL OR $4 = ANY (p.allowed_apis)) AS plan_allowed,
+       (k.allowed_endpoints IS NULL OR $5::bigint = ANY (k.allowed_endpoints)) AS endpoint_allowed
+FROM api_keys k JOIN vaults v ON v.vault_id = k.vault_id JOIN plans p ON p.plan_id = v.plan_id
+WHERE k.api_key_id = $1 AND k.user_id = $2 AND k.revoked_at IS NULL AND NOT k.disabled
+      AND (k.expires_at IS NULL OR k.expires_at > $3)
 """
 
 _OFFER: Final = """
@@ -75,7 +76,10 @@ LEFT JOIN LATERAL (
 WHERE u.user_id = $1
 """
 
-_BILLED_EVENT: Final = "SELECT vault_id FROM billing_requests WHERE event_id = $1"
+_BILLED_EVENT: Final = """
+SELECT vault_id FROM billing_requests WHERE event_id = $1
+UNION ALL SELECT vault_id FROM external_holds WHERE event_id = $1
+"""
 
 _CALLED_EVENT: Final = """
 SELECT vault_id FROM usage_events WHERE event_id = $1 AND created_at BETWEEN $2 AND $3
@@ -111,6 +115,8 @@ class OwnKey:
 
     vault_id: VaultId
     api_allowed: bool
+    plan_allowed: bool
+    """Whether its vault's plan has the API."""
     endpoint_allowed: bool
 
 
@@ -188,7 +194,9 @@ async def own_key(
 ) -> OwnKey | None:
     """Return a key of this user that is neither revoked, disabled nor expired, and what it may be used for."""
     row = await database.fetch_row(_KEY, api_key_id, user_id, now, api_id, endpoint_id)
-    return None if row is None else OwnKey(VaultId(str(row["vault_id"])), row["api_allowed"], row["endpoint_allowed"])
+    if row is None:
+        return None
+    return OwnKey(VaultId(str(row["vault_id"])), row["api_allowed"], row["plan_allowed"], row["endpoint_allowed"])
 
 
 async def offered(
@@ -209,13 +217,14 @@ async def credits_of(database: Database, user_id: UserId, network: str) -> Credi
     return Credits(Stroops(row["available"]), Stroops(row["granted"]), row["created_at"], row["updated_at"])
 
 
-async def find_charge(database: Database, event_id: EventId) -> Charge | None:
+async def find_charge(database: Database, event_id: EventId, vault_id: VaultId | None = None) -> Charge | None:
     """Return the captured usage event with this id, whoever paid it; None where there is none.
 
-    Events are found by their vault. Without it, a charge asked for over REST is found by its request, and a call's by
-    the date inside its id, near which its hold was placed.
+    Events are found by their vault. Without it, a charge asked for over REST is found by its request or its hold, and a
+    call's by the date inside its id, near which its hold was placed.
     """
-    vault_id = await database.fetch_value(_BILLED_EVENT, event_id)
+    if vault_id is None:
+        vault_id = await database.fetch_value(_BILLED_EVENT, event_id)
     if vault_id is None:
         made_at = _date_of(event_id)
         if made_at is None:

@@ -53,7 +53,7 @@ _MATCHING: Final[dict[bool | None, str]] = {None: "calls", True: "calls - failed
 """What of a line of the rollup matches: all, what went well, what failed. Spelt out, so that an index can be by it."""
 
 
-def _least_id_sql(moment: str) -> str:
+def least_id_sql(moment: str) -> str:
     """Return the SQL of the least id of a moment: `least_id` in the database."""
     return f"(lpad(to_hex((extract(epoch FROM {moment}) * 1000)::bigint), 12, '0') || repeat('0', 20))::uuid"
 
@@ -92,8 +92,8 @@ WITH lines AS MATERIALIZED (
     SELECT u.* FROM minutes CROSS JOIN LATERAL (
         SELECT {_EVENT} FROM usage_events u
         WHERE u.vault_id = $1 AND u.event_id < $2
-            AND u.event_id >= {_least_id_sql("minutes.minute - $9::interval")}
-            AND u.event_id < {_least_id_sql("minutes.minute + interval '1 minute'")}
+            AND u.event_id >= {least_id_sql("minutes.minute - $9::interval")}
+            AND u.event_id < {least_id_sql("minutes.minute + interval '1 minute'")}
             AND date_trunc('minute', u.created_at, 'UTC') = minutes.minute  -- not by the BRIN, which is far coarser
         OFFSET 0  -- a minute at a time, never the whole vault at once
     ) AS u

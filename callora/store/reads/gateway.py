@@ -12,6 +12,7 @@ from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, EndpointId, EventId
 from callora.ledger.keys import KeyRecord
 from callora.ledger.money import Stroops
 from callora.ledger.pricing import ApiRecord, Endpoint, EndpointTable, Price, parse_billable
+from callora.ledger.rating import CARD_COLUMNS, make_card
 from callora.ledger.tokens import SignedToken, TokenRecord, narrow
 from callora.store.bridge import Database, Row
 
@@ -21,7 +22,7 @@ _UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASC
 _KEYS: Final = """
 SELECT k.api_key_id, k.user_id, k.vault_id, s.key_hash, k.scopes, k.allowed_apis, k.allowed_endpoints, k.allowed_cidrs,
        coalesce(k.rate_limit_per_minute, p.rate_limit_per_minute) AS rate_limit_per_minute, k.disabled, s.expires_at,
-       k.revoked_at, v.standing::text AS standing
+       k.revoked_at, v.standing::text AS standing, p.allowed_apis AS plan_apis
 FROM api_keys k JOIN vaults v ON v.vault_id = k.vault_id JOIN plans p ON p.plan_id = v.plan_id
 CROSS JOIN LATERAL (VALUES
     (k.prefix, k.key_hash, k.expires_at),
@@ -35,7 +36,7 @@ SELECT t.scopes AS token_scopes, t.allowed_apis AS token_apis, t.budget IS NOT N
        t.expires_at AS token_expires_at, t.revoked_at AS token_revoked_at,
        k.api_key_id, k.user_id, k.vault_id, k.key_hash, k.scopes, k.allowed_apis, k.allowed_endpoints, k.allowed_cidrs,
        coalesce(k.rate_limit_per_minute, p.rate_limit_per_minute) AS rate_limit_per_minute, k.disabled, k.expires_at,
-       k.revoked_at, v.standing::text AS standing
+       k.revoked_at, v.standing::text AS standing, p.allowed_apis AS plan_apis
 FROM access_tokens t JOIN api_keys k ON k.api_key_id = t.api_key_id
 JOIN vaults v ON v.vault_id = k.vault_id JOIN plans p ON p.plan_id = v.plan_id
 WHERE t.token_id = $1 AND t.api_key_id = $2
@@ -50,9 +51,10 @@ FROM apis WHERE slug = $1 OR api_id = $2
 # Of an endpoint's versions, those ahead and those in effect at any time of the last day, whatever the clocks say: the
 # past is not the gateway's business, and grows.
 _ENDPOINTS: Final = """
-SELECT e.endpoint_id, e.method, e.path, e.billable_statuses, e.required_scope, p.version, p.amount, p.effective_from
+SELECT e.endpoint_id, e.method, e.path, e.billable_statuses, e.required_scope, p.*
 FROM api_endpoints e CROSS JOIN LATERAL (
-    SELECT v.version, v.amount, v.effective_from,
+    SELECT v.version, v.amount, v.effective_from, v.unit, v.unit_credits, v.min_units, v.held_units, v.max_units,
+           v.quantity_from,
            lead(v.effective_from) OVER (ORDER BY v.effective_from, v.version) AS replaced_at
     FROM endpoint_prices v WHERE v.endpoint_id = e.endpoint_id) AS p
 WHERE e.api_id = $1 AND e.retired_at IS NULL AND (p.replaced_at IS NULL OR p.replaced_at > now() - interval '1 day')
@@ -71,15 +73,16 @@ WHERE i.vault_id = $1 AND i.key = $2
 """
 
 _SUMS: Final = """
-SELECT coalesce(sum(available), 0)::bigint AS available, coalesce(sum(held), 0)::bigint AS held FROM vaults
+SELECT coalesce(sum(available), 0)::bigint AS available, coalesce(sum(held), 0)::bigint AS held,
+       coalesce(sum(owed), 0)::bigint AS owed
+FROM vaults
 """
 
 
-_LEDGER_SUMS: Final = """
-SELECT (b.total - e.total + u.total)::bigint AS drift, (u.total - e.refunded)::bigint AS captured
-FROM (SELECT coalesce(sum(available + held), 0) AS total FROM vaults) AS b,
-     (SELECT coalesce(sum(amount), 0) AS total,
-             coalesce(sum(amount) FILTER (WHERE kind = 'refund'), 0) AS refunded FROM ledger_entries) AS e,
+_LEDGER_DRIFT: Final = """
+SELECT (b.total - e.total + u.total)::bigint
+FROM (SELECT coalesce(sum(available + held - owed), 0) AS total FROM vaults) AS b,
+     (SELECT coalesce(sum(amount), 0) AS total FROM ledger_entries) AS e,
      (SELECT coalesce(sum(amount), 0) AS total FROM usage_events WHERE state = 'captured') AS u
 """
 
@@ -111,6 +114,7 @@ class Claim:
 
 def _key(row: Row) -> KeyRecord:
     apis, endpoints, networks = row["allowed_apis"], row["allowed_endpoints"], row["allowed_cidrs"]
+    plan_apis = row["plan_apis"]
     return KeyRecord(
         api_key_id=ApiKeyId(str(row["api_key_id"])),
         user_id=UserId(str(row["user_id"])),
@@ -125,6 +129,7 @@ def _key(row: Row) -> KeyRecord:
         expires_at=row["expires_at"],
         revoked_at=row["revoked_at"],
         standing=row["standing"],
+        plan_apis=None if plan_apis is None else frozenset(map(ApiId, plan_apis)),
     )
 
 
@@ -206,17 +211,22 @@ class Reads:
             event_open=row["event_state"] == "held",
         )
 
-    async def ledger_sums(self) -> tuple[Stroops, Stroops]:
-        """Return what the ledger is off by, which is 0, and what is captured and not refunded. Reads every event."""
-        row = await self._database.fetch_row(_LEDGER_SUMS)
-        assert row is not None
-        return row["drift"], row["captured"]
+    async def ledger_drift(self) -> int:
+        """Return what the ledger is off by, stroops, which is 0. Reads every event."""
+        drift: int = await self._database.fetch_value(_LEDGER_DRIFT)
+        return drift
 
-    async def balance_sums(self) -> tuple[Stroops, Stroops]:
-        """Return Σ available and Σ held over all vaults."""
+    async def balance_sums(self) -> tuple[Stroops, Stroops, Stroops]:
+        """Return Σ available, Σ held and Σ owed over all vaults."""
         row = await self._database.fetch_row(_SUMS)
         assert row is not None
-        return row["available"], row["held"]
+        return row["available"], row["held"], row["owed"]
+
+
+def price_of(row: Row) -> Price:
+    """Return the version of a price that a row of `endpoint_prices` is."""
+    card = make_card(*(row[column] for column in CARD_COLUMNS))
+    return Price(row["version"], Stroops(row["amount"]), row["effective_from"], card)
 
 
 def _endpoint(lines: Sequence[Row]) -> Endpoint:
@@ -227,5 +237,5 @@ def _endpoint(lines: Sequence[Row]) -> Endpoint:
         path=first["path"],
         billable=parse_billable(first["billable_statuses"]),
         required_scope=first["required_scope"],
-        prices=tuple(Price(line["version"], Stroops(line["amount"]), line["effective_from"]) for line in lines),
+        prices=tuple(price_of(line) for line in lines),
     )

@@ -35,7 +35,8 @@ ORDER BY u.user_id DESC LIMIT $2
 )
 
 _VAULTS: Final = """
-SELECT vault_id, network, plan_id, available, held, standing::text AS standing, created_at FROM vaults
+SELECT vault_id, network, plan_id, available, held, owed, arrears_since, standing::text AS standing, created_at
+FROM vaults
 WHERE user_id = $1 ORDER BY network
 """
 
@@ -78,6 +79,8 @@ class VaultFound:
     plan_id: str
     available: Stroops
     held: Stroops
+    owed: Stroops
+    arrears_since: datetime | None
     standing: Standing
     created_at: datetime
 
@@ -136,6 +139,8 @@ async def vaults_of(database: Database, user_id: UserId) -> Sequence[VaultFound]
             plan_id=row["plan_id"],
             available=Stroops(row["available"]),
             held=Stroops(row["held"]),
+            owed=Stroops(row["owed"]),
+            arrears_since=row["arrears_since"],
             standing=row["standing"],
             created_at=row["created_at"],
         )

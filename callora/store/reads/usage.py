@@ -206,10 +206,6 @@ async def key_days(database: Reading, vault_id: VaultId, api_key_id: ApiKeyId, s
 
 # --- developers and operators -----------------------------------------------------------------------------------------
 
-_EARNED: Final = """
-SELECT coalesce(sum(amount - refunded), 0)::bigint FROM developer_days WHERE developer_id = $1
-"""
-
 _DEVELOPER_TOTALS: Final = """coalesce(sum(calls), 0)::bigint AS calls,
         coalesce(sum(failed_calls), 0)::bigint AS failed_calls, coalesce(sum(amount), 0)::bigint AS amount,
         coalesce(sum(refunded), 0)::bigint AS refunded"""
@@ -242,6 +238,23 @@ _ALL_DAYS: Final = """
 SELECT day, calls, failed_calls, amount, refunded FROM all_days WHERE day >= $1 ORDER BY day
 """
 
+_ALL_ENDPOINTS: Final = f"""
+SELECT s.*, e.method, e.path, a.slug, a.name FROM (
+    SELECT api_id, endpoint_id, {_DEVELOPER_TOTALS} FROM developer_days WHERE day >= $1
+    GROUP BY api_id, endpoint_id ORDER BY sum(calls) DESC, endpoint_id LIMIT $2
+) AS s LEFT JOIN api_endpoints e ON e.endpoint_id = s.endpoint_id LEFT JOIN apis a ON a.api_id = s.api_id
+ORDER BY s.calls DESC, s.endpoint_id
+"""  # noqa: S608 - names of ours
+
+_ALL_PLANS: Final = """
+SELECT v.plan_id, sum(s.calls)::bigint AS calls, sum(s.net)::bigint AS net
+FROM (
+    SELECT vault_id, sum(calls) AS calls, sum(amount - refunded) AS net FROM vault_days WHERE day >= $1
+    GROUP BY vault_id
+) AS s JOIN vaults v ON v.vault_id = s.vault_id
+GROUP BY v.plan_id ORDER BY calls DESC, v.plan_id
+"""
+
 _TOP_USERS: Final = """
 SELECT v.user_id, u.name, sum(s.calls)::bigint AS calls, sum(s.net)::bigint AS net
 FROM (
@@ -250,12 +263,6 @@ FROM (
 ) AS s JOIN vaults v ON v.vault_id = s.vault_id JOIN users u ON u.user_id = v.user_id
 GROUP BY v.user_id, u.name ORDER BY net DESC, calls DESC, v.user_id LIMIT $2
 """
-
-
-async def earned(database: Reading, developer_id: DeveloperId) -> int:
-    """Return Σ captured − Σ refunded over all calls of a developer's APIs, stroops."""
-    total: int = await database.fetch_value(_EARNED, developer_id)
-    return total
 
 
 @attrs.frozen
@@ -291,6 +298,16 @@ async def top_callers(database: Reading, scope: DeveloperScope, limit: int) -> S
 async def all_days(database: Reading, since: datetime) -> Sequence[Row]:
     """Return the sums of everyone by day, the oldest first."""
     return await database.fetch(_ALL_DAYS, since)
+
+
+async def all_endpoints(database: Reading, since: datetime, limit: int) -> Sequence[Row]:
+    """Return the sums of everyone by endpoint, the most called first."""
+    return await database.fetch(_ALL_ENDPOINTS, since, limit)
+
+
+async def all_plans(database: Reading, since: datetime) -> Sequence[Row]:
+    """Return the sums of everyone by the plan that his vault has now, the most called first."""
+    return await database.fetch(_ALL_PLANS, since)
 
 
 async def top_users(database: Reading, since: datetime, limit: int) -> Sequence[Row]:

@@ -13,7 +13,7 @@ from callora.store.bridge import Database, Row
 USAGE: Final = "usage"
 
 _SELECT: Final = """
-SELECT vault_id, network, plan_id, standing::text AS standing, available, held, created_at FROM vaults
+SELECT vault_id, network, plan_id, standing::text AS standing, available, held, owed, created_at FROM vaults
 """
 _VAULT: Final = _SELECT + "WHERE vault_id = $1 AND user_id = $2"
 _OF_NETWORK: Final = _SELECT + "WHERE user_id = $1 AND network = $2"
@@ -39,14 +39,14 @@ class Line:
 
     at: datetime
     kind: str
-    """deposit, withdrawal, refund, grant, adjustment or usage."""
+    """deposit, withdrawal, refund, grant, adjustment, subscription or usage."""
     amount: int
     """stroops, signed: below 0 for what was spent."""
     ref: str
     event_id: str | None
     """The usage event that is charged or refunded."""
     balance_after: int | None
-    """The vault's whole balance after an entry; None for usage, which does not count them."""
+    """The vault's whole balance after an entry, below 0 where it owes; None for usage, which does not count them."""
     position: Position
 
 

@@ -1,0 +1,113 @@
+"""The revenue indexer's task: a pass every interval, in whichever process finds nobody else at it."""
+
+from datetime import timedelta
+from typing import Final
+
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from callora.ledger.clock import Clock
+from callora.ledger.faults import CalloraFault
+from callora.metrics import Metrics
+from callora.store import revenue as store
+from callora.store.bridge import Database, StatementRejected
+from callora.store.revenue import SPAN, Indexed
+from callora.store.rollup import EPOCH
+
+UNDEFINED_TABLE: Final = "42P01"
+SPAN_MIN: Final = timedelta(seconds=1)
+SPAN_MAX: Final = timedelta(days=1)
+QUICK_SECONDS: Final = 1.0
+"""While the indexer is behind, a pass that took less is followed by one over twice the time, and one that took three
+times as long by one over half of it: a pass must end within the time-out of a statement."""
+
+
+class RevenueIndexer:
+    """One task that keeps the revenue of developers."""
+
+    def __init__(
+        self,
+        database: Database,
+        clock: Clock,
+        metrics: Metrics,
+        log: FilteringBoundLogger,
+        *,
+        network: str,
+        fee_bps: int,
+        interval_seconds: float,
+    ) -> None:
+        """Args:
+        network: whose unsettled revenue is shown.
+        fee_bps: the platform's share of calls from now on, hundredths of a percent.
+        """
+        self._database = database
+        self._clock = clock
+        self._metrics = metrics
+        self._log = log
+        self._network = network
+        self._fee_bps = fee_bps
+        self._fee_known = False
+        self._interval_seconds = interval_seconds
+        self._span = SPAN
+        self._as_of = EPOCH
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Make a pass every interval until cancelled; one that fails is made up for by the next."""
+        task_status.started()
+        while True:
+            behind = False
+            try:
+                made = await self.make_pass()
+                behind = made is not None and made.behind
+                await self._show()
+            except StatementRejected as error:
+                if error.sqlstate != UNDEFINED_TABLE:
+                    raise
+                # The schema is an older one, and somebody may be about to migrate: /readyz says so.
+                self._log.warning("revenue_not_indexed", error=str(error))
+            except CalloraFault as fault:
+                self._span = max(SPAN_MIN, self._span / 2)
+                self._log.warning("revenue_not_indexed", error=str(fault))
+            await trio.sleep(0 if behind else self._interval_seconds)
+
+    async def make_pass(self, *, wait: bool = False) -> Indexed | None:
+        """Index what is new; return None where another process is at it.
+
+        Args:
+            wait: for that process, and then make the pass.
+
+        Raises:
+            StoreUnavailable, StoreConflict: nothing was changed.
+            OutcomeUnknown: the pass was made whole, or not at all.
+
+        Cancellation: the pass is not made.
+        """
+        if not self._fee_known:
+            if await store.set_fee(self._database, self._fee_bps, self._clock.now()):
+                self._log.info("platform_fee_set", bps=self._fee_bps)
+            self._fee_known = True
+        started = trio.current_time()
+        made = await store.advance(self._database, self._clock.now(), span=self._span, wait=wait)
+        took = trio.current_time() - started
+        if made is not None and made.behind and took < QUICK_SECONDS:
+            self._span = min(SPAN_MAX, self._span * 2)
+        elif took > 3 * QUICK_SECONDS:
+            self._span = max(SPAN_MIN, self._span / 2)
+        self._as_of = made.as_of if made is not None else await store.as_of(self._database)
+        return made
+
+    async def catch_up(self) -> None:
+        """Index everything that has ended by now. Raises as `make_pass`."""
+        behind = True
+        while behind:
+            made = await self.make_pass(wait=True)
+            assert made is not None, "it waits for its turn"
+            behind = made.behind
+
+    async def _show(self) -> None:
+        # A process that has seen no pass yet knows of no lag
+        if self._as_of > EPOCH:
+            lag = (self._clock.now() - self._as_of).total_seconds()
+            self._metrics.revenue_lag_seconds.set(max(0.0, lag))
+        unsettled = await store.unsettled(self._database, self._network)
+        self._metrics.unsettled_stroops.set(unsettled.unsealed + unsettled.under_way)

@@ -1,0 +1,113 @@
+"""Spending limits: what a key or a whole vault may spend in the last day, week, month and year. Pure.
+
+The periods roll: what was spent counts until exactly 24 hours, 7, 30 or 365 days later. A hold counts in full from the
+instant it exists, a captured call with what it was charged, less what was given back. What was spent before a limit was
+set counts as well.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Final, Literal, get_args
+
+import attrs
+
+from callora.ledger.commands import CloseHold, PlaceHold
+from callora.ledger.ids import ApiKeyId, EventId
+from callora.ledger.money import Stroops, format_usdc
+from callora.ledger.outcomes import PolicyRefused
+
+Period = Literal["day", "week", "month", "year"]
+PERIODS: Final[tuple[Period, ...]] = get_args(Period)
+"""The shortest first, which is the order they are checked in."""
+LENGTHS: Final[Mapping[Period, timedelta]] = {
+    "day": timedelta(days=1),
+    "week": timedelta(days=7),
+    "month": timedelta(days=30),
+    "year": timedelta(days=365),
+}
+_ADJECTIVES: Final[Mapping[Period, str]] = {"day": "daily", "week": "weekly", "month": "monthly", "year": "annual"}
+
+
+@attrs.define(slots=True)
+class Spending:
+    """What one key, or a vault, may spend and has spent in one period."""
+
+    period: Period
+    limit: Stroops
+    """stroops, > 0."""
+    spent: Stroops
+    """stroops; never less than what was spent and is held in the period."""
+
+    @property
+    def remaining(self) -> Stroops:
+        """What is left; 0 where a limit was set below what was spent already."""
+        return Stroops(max(0, self.limit - self.spent))
+
+
+@attrs.define(slots=True)
+class SpendingLimits:
+    """The limits of a vault and of its keys, with what was spent when they were read and what is held since.
+
+    What leaves a period is seen when they are next read, which is before anything is refused, unless they were read
+    within the last second. So spending is never counted too low, and a refusal counts a call at most a second too long.
+    """
+
+    vault: tuple[Spending, ...]
+    """In the order of PERIODS, like those of a key."""
+    keys: Mapping[ApiKeyId, tuple[Spending, ...]]
+    read_at: datetime
+    exact: bool = True
+    """False once a hold has ended that was placed before this was read: what came back of it is not known here."""
+    _open: dict[EventId, ApiKeyId] = attrs.field(factory=dict)
+
+    def refuse(self, command: PlaceHold) -> PolicyRefused | None:
+        """Return why a hold may not be placed, or None: the vault's limits first, then the key's."""
+        return self.refuse_amount(command.charged.api_key_id, command.amount)
+
+    def refuse_amount(self, api_key_id: ApiKeyId, amount: Stroops) -> PolicyRefused | None:
+        """The same for what a key is to spend, stroops. Reaching a limit passes, and what costs nothing always does."""
+        if amount:
+            for spending in self.vault:
+                if spending.spent + amount > spending.limit:
+                    return _refused("vault", spending, amount)
+            for spending in self.keys.get(api_key_id, ()):
+                if spending.spent + amount > spending.limit:
+                    return _refused("key", spending, amount)
+        return None
+
+    def place(self, command: PlaceHold) -> None:
+        """Count a hold that is decided."""
+        self._open[command.event_id] = command.charged.api_key_id
+        self._count(command.charged.api_key_id, command.amount)
+
+    def close(self, command: CloseHold) -> None:
+        """Count the end of a hold, which is stored."""
+        api_key_id = self._open.pop(command.event_id, None)
+        if api_key_id is not None:
+            self._count(api_key_id, Stroops(command.amount - command.held_amount))
+        elif command.amount < command.held_amount:
+            self.exact = False
+
+    def _count(self, api_key_id: ApiKeyId, amount: Stroops) -> None:
+        for spending in (*self.vault, *self.keys.get(api_key_id, ())):
+            spending.spent = Stroops(spending.spent + amount)
+
+
+def in_order(found: Sequence[Spending]) -> tuple[Spending, ...]:
+    """Return limits in the order they are checked in."""
+    return tuple(sorted(found, key=lambda each: PERIODS.index(each.period)))
+
+
+def _refused(whose: Literal["vault", "key"], spending: Spending, amount: Stroops) -> PolicyRefused:
+    return PolicyRefused(
+        "SPENDING_LIMIT_EXCEEDED",
+        {
+            "limitedBy": whose,
+            "window": spending.period,
+            "limit": format_usdc(spending.limit),
+            "spent": format_usdc(spending.spent),
+            "requested": format_usdc(amount),
+            "remaining": format_usdc(spending.remaining),
+        },
+        f"The {whose}'s {_ADJECTIVES[spending.period]} spending limit would be exceeded",
+    )

@@ -1,0 +1,145 @@
+"""What a vault's quota is: for the decision on a hold, and as people see it."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Final
+
+import attrs
+
+from callora.ledger.ids import ApiKeyId, VaultId
+from callora.ledger.quota import GrantLine, KeyCap, Overage, Quota, month_of, settle
+from callora.store.bridge import Connection, Database
+
+_TERMS: Final = """
+SELECT v.credits, v.plan_id, p.monthly_credits, p.overage,
+       CASE WHEN isfinite(v.quota_until) THEN v.quota_until END AS until,
+       v.quota_until <= $2 OR p.monthly_credits > 0 AND NOT EXISTS (
+           SELECT FROM quota_grants g
+           WHERE g.vault_id = v.vault_id AND g.source = 'plan' AND g.lapsed_at IS NULL) AS due,
+       (SELECT coalesce(sum(g.amount), 0)::bigint FROM quota_grants g
+        WHERE g.vault_id = v.vault_id AND g.lapsed_at IS NULL) AS granted
+FROM vaults v JOIN plans p ON p.plan_id = v.plan_id WHERE v.vault_id = $1
+"""
+
+_CAPS: Final = """
+SELECT api_key_id, monthly_credit_cap FROM api_keys WHERE vault_id = $1 AND monthly_credit_cap IS NOT NULL
+"""
+
+# A month begins with a day and a minute, so sums of whole days and minutes are exact, and what is not final yet is read
+# from the events. `spending` says how the parts meet.
+_BURNT: Final = """
+SELECT k.api_key_id,
+       (coalesce((SELECT sum(s.credits) FROM usage_days s
+                  WHERE s.vault_id = $1 AND s.api_key_id = k.api_key_id AND s.day >= $3 AND s.day < r.last_day), 0)
+        + coalesce((SELECT sum(s.credits) FROM usage_minutes s
+                    WHERE s.vault_id = $1 AND s.api_key_id = k.api_key_id AND s.minute >= greatest($3, r.last_day)
+                          AND s.minute < r.done_until), 0)
+        + coalesce((SELECT sum(u.credits) FROM (
+              SELECT vault_id, api_key_id, CASE state WHEN 'held' THEN held_credits ELSE credits END AS credits
+              FROM usage_events WHERE created_at >= greatest($3, r.done_until) OFFSET 0) AS u
+                    WHERE u.vault_id = $1 AND u.api_key_id = k.api_key_id), 0)
+        + coalesce((SELECT sum(CASE u.state WHEN 'held' THEN u.held_credits ELSE u.credits END)
+                    FROM usage_open o JOIN usage_events u ON u.vault_id = o.vault_id AND u.event_id = o.event_id
+                    WHERE o.vault_id = $1 AND u.api_key_id = k.api_key_id AND u.created_at >= $3), 0))::bigint AS burnt
+FROM unnest($2::uuid[]) AS k (api_key_id),
+     (SELECT done_until, date_trunc('day', done_until, 'UTC') AS last_day FROM usage_rollup) AS r
+"""
+
+_LIVE: Final = """
+SELECT grant_id, source, amount, remaining, created_at, expires_at FROM quota_grants
+WHERE vault_id = $1 AND lapsed_at IS NULL ORDER BY expires_at, created_at, grant_id
+"""
+
+_HAS_ANY: Final = "SELECT EXISTS (SELECT FROM quota_grants WHERE vault_id = $1)"
+
+
+@attrs.frozen
+class Terms:
+    """What a vault's plan and grants say, and whether they are to be renewed before a hold is decided."""
+
+    quota: Quota
+    credits: int
+    due: bool
+
+
+async def terms(connection: Connection, vault_id: VaultId, now: datetime, *, wanted: bool) -> Terms | None:
+    """Return a vault's quota, or None where it has no grants and none are wanted.
+
+    Args:
+        connection: inside a transaction.
+        wanted: whether something priced in credits is to be decided.
+
+    Raises:
+        StoreUnavailable: nothing was read.
+    """
+    if not wanted and not await connection.fetch_value(_HAS_ANY, vault_id):
+        return None
+    row = await connection.fetch_row(_TERMS, vault_id, now)
+    assert row is not None, "the caller has read it"
+    start, following = month_of(now)
+    caps = {
+        ApiKeyId(str(each["api_key_id"])): KeyCap(each["monthly_credit_cap"], 0)
+        for each in await connection.fetch(_CAPS, vault_id)
+    }
+    if caps:
+        for each in await connection.fetch(_BURNT, vault_id, list(caps), start):
+            caps[ApiKeyId(str(each["api_key_id"]))].used = each["burnt"]
+    quota = Quota(row["granted"], row["monthly_credits"], row["overage"], following, caps, now, row["until"])
+    return Terms(quota, row["credits"], row["due"])
+
+
+@attrs.frozen
+class GrantView:
+    """A grant that has not ended."""
+
+    grant_id: str
+    source: str
+    amount: int
+    remaining: int
+    created_at: datetime
+    expires_at: datetime
+
+
+@attrs.frozen
+class QuotaView:
+    """A vault's quota as people see it."""
+
+    plan_id: str
+    monthly_credits: int
+    overage: Overage
+    credits: int
+    """Left of all grants that have not ended, and not held."""
+    granted: int
+    """All of these grants."""
+    grants: Sequence[GrantView]
+    """The earliest to end, which burns first, first. Before a first call that is priced in credits: none."""
+
+
+async def quota_of(database: Database, vault_id: VaultId, now: datetime) -> QuotaView | None:
+    """Return a vault's quota at a moment, or None where there is no such vault.
+
+    Raises:
+        StoreUnavailable: nothing was read.
+    """
+    async with database.transaction() as connection:
+        row = await connection.fetch_row(_TERMS, vault_id, now)
+        if row is None:
+            return None
+        rows = await connection.fetch(_LIVE, vault_id)
+    settled, _ = settle(
+        [GrantLine(str(each["grant_id"]), each["amount"], each["remaining"], each["expires_at"]) for each in rows],
+        row["credits"],
+    )
+    grants = [
+        GrantView(line.grant_id, each["source"], line.amount, line.remaining, each["created_at"], line.expires_at)
+        for each, line in zip(rows, settled, strict=True)
+        if line.expires_at > now
+    ]
+    return QuotaView(
+        row["plan_id"],
+        row["monthly_credits"],
+        row["overage"],
+        sum(each.remaining for each in grants),
+        sum(each.amount for each in grants),
+        grants,
+    )

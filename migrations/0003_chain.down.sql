@@ -1,0 +1,15 @@
+DROP TABLE chain_reconciliations;
+DROP TRIGGER payment_of_open_withdrawal ON chain_transactions;
+DROP FUNCTION refuse_payment_of_returned;
+DROP TABLE withdrawals;
+DROP TABLE deposit_intents;
+DROP TABLE depositors;
+DROP TABLE chain_bumps;
+DROP FUNCTION refuse_low_bump;
+DROP TABLE chain_transactions;
+DROP FUNCTION refuse_transaction_rewrite;
+DROP FUNCTION refuse_unstored_transaction;
+DROP TABLE chain_events;
+DROP FUNCTION refuse_event_rewrite;
+DROP TABLE chain_gaps;
+DROP TABLE chain_networks;
