@@ -77,7 +77,7 @@ async def test_doctor_asks_the_contracts_whether_they_know_the_keys_and_shows_no
             context = Context.make(settings, logs, SystemClock())
             async with open_ledger(context, database_url, Budget(1)) as ledger:
                 found, refused = "", ""
-                with trio.fail_after(30):
+                with trio.fail_after(60):
                     try:
                         found = await examine(chain_desk(context, ledger))
                     except ChainMismatch as mismatch:

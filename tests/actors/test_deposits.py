@@ -345,7 +345,7 @@ async def test_a_deposit_that_neither_sponsor_nor_wallet_can_pay_fails_and_says_
         made = await prepared(bank, treasury, 10)
         assert isinstance(await treasury.deposits.submit(bank.user_id, bank.sign(made)), Intent)
         (hash_,) = await bank.intents()
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while (await bank.intents())[hash_] == "pending":
                 bank.close(10)
                 await treasury.deposits.look()

@@ -188,7 +188,7 @@ async def test_more_holds_of_one_round_than_a_batch_are_all_found(
     await ledger.store.commit_round([share])
     ledger.clock.advance(TTL)
     async with sweeping(database_url, ledger.clock) as process:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             assert await process.sweep.sweep() == 10
 
 

@@ -72,7 +72,7 @@ class Shop:
 
     async def until_metrics_say(self, line: str) -> str:
         """Return the metrics once they have this line."""
-        with trio.fail_after(15):
+        with trio.fail_after(60):
             while line not in (text := (await self.client.get("/metrics")).text):  # noqa: ASYNC110
                 await trio.sleep(0.05)
         return text

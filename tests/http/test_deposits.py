@@ -399,7 +399,7 @@ async def test_the_contract_and_the_ledger_are_compared_and_agree(database_url: 
         )
         assert "-0.0000001" in told.body["settlementHalted"]
         await at.service.database.execute("UPDATE vaults SET available = available - 1, version = version + 1")
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while True:
                 lines = (await operator.ask("GET", "/api/admin/chain/reconciliations")).body["data"]
                 if lines[0]["drift_usdc"] == "0.0000000":

@@ -172,7 +172,7 @@ async def test_every_byte_of_many_busy_wires_arrives_in_order(poller: Poller, ki
                 await trio.lowlevel.checkpoint()
         assert received == data
 
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             wires = []
             for seed in range(30):

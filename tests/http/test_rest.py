@@ -471,7 +471,7 @@ async def send_raw(path: str, data: bytes) -> trio.SocketStream:
 async def read_to_end(stream: trio.SocketStream) -> bytes:
     """Return what arrives until the server closes; a server that never does fails the test."""
     got = bytearray()
-    with trio.fail_after(5):
+    with trio.fail_after(15):
         async for chunk in stream:
             got += chunk
     return bytes(got)
@@ -515,8 +515,8 @@ async def test_a_shutdown_waits_for_running_requests_and_not_a_moment_longer(tmp
         assert not server.ended.is_set()
         may_end.set()
         assert (await read_to_end(busy)).startswith(b"HTTP/1.1 200")
-        # the grace period is 20 s: reaching this within 5 shows that nothing waited for it
-        with trio.fail_after(5):
+        # the grace period is 20 s: reaching this within 15 shows that nothing waited for it
+        with trio.fail_after(15):
             await server.ended.wait()
         for stream in (idle, mute, busy):
             await stream.aclose()
@@ -595,7 +595,7 @@ async def test_an_endless_body_is_refused_and_its_connection_ends(tmp_path: Path
         assert b'"code":"REQUEST_BODY_TOO_LARGE"' in got
         assert b"connection: close" in got.lower()
         server.stop.set()
-        with trio.fail_after(5):
+        with trio.fail_after(15):
             await server.ended.wait()
 
 
@@ -619,7 +619,7 @@ async def test_a_refusal_is_sent_even_while_the_queue_of_body_parts_is_full() ->
         "headers": [(b"content-length", b"99")],
         "client": None,
     }
-    with trio.fail_after(2):
+    with trio.fail_after(60):
         await made.app.asgi_app(scope, take.receive, send)  # type: ignore[arg-type]
     put.close()
     take.close()

@@ -63,7 +63,7 @@ async def test_of_three_at_once_one_applies_and_the_others_find_nothing_left(
     async def start() -> None:
         applied.append(await migrate_up(empty_database, directory=folder))
 
-    with trio.fail_after(30):  # waiting for the lock inside the server would deadlock with the index
+    with trio.fail_after(60):  # waiting for the lock inside the server would deadlock with the index
         async with trio.open_nursery() as nursery:
             for _ in range(3):
                 nursery.start_soon(start)

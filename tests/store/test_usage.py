@@ -143,7 +143,7 @@ async def test_a_service_has_the_months_partition_before_its_first_call(database
         async with database.transaction() as other:
             await other.execute("LOCK TABLE usage_events_default IN ACCESS SHARE MODE")
             nursery.start_soon(start)
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 while not await database.fetch_value(waiting):  # noqa: ASYNC110 - the database says when
                     await trio.lowlevel.checkpoint()
             assert not up.is_set()

@@ -317,7 +317,7 @@ async def test_ledgers_close_on_trios_clock_unless_paused(autojump_clock: trio.t
     first = town.sandbox.ledger.header.sequence
     async with trio.open_nursery() as nursery:
         nursery.start_soon(town.sandbox.ledger.run, 5.0)
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             for _ in range(4):
                 await town.sandbox.ledger.closed.wait()
         assert town.sandbox.ledger.header.sequence - first == 4
