@@ -441,7 +441,11 @@ async def open_database(
             failure = error  # raised outside, where the loop's nurseries do not wrap it in two exception groups
         finally:
             with trio.move_on_after(EXIT_SECONDS, shield=True) as closing:
-                await loop.run_aio_coroutine(pool.close())
+                try:
+                    await loop.run_aio_coroutine(pool.close())
+                except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+                    # A connection that had just been lost cannot say goodbye; the pool has cut all of them.
+                    _log.debug("a connection was lost while the pool closed: %s", error)
             if closing.cancelled_caught:
                 pool.terminate()
     if failure is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pytest
 import trio
 
+from callora.store import pace as pace_of_store
 from callora.store.pace import logs_of
 from tests.support.client import RawResponse, call, closed_port, watchdog
 from tests.support.service import Consumer, RunningService, running_service
@@ -14,6 +15,12 @@ from tests.support.upstream import RawUpstream, raw_upstream, respond
 from tests.support.valkey import Valkey
 
 PATH = "/v1/call/echo/x"
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a busy machine be late with an answer: the bound itself is for the long run of outages to measure."""
+    monkeypatch.setattr(pace_of_store, "ANSWER_SECONDS", 0.8)
 
 
 @pytest.fixture(params=["own", "shared"])

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import os
 import random
+import socket
 import ssl
 import struct
 from collections.abc import AsyncIterator
@@ -104,7 +106,7 @@ async def test_a_database_that_does_not_exist_is_unavailable(postgres_server: Em
 
 
 async def test_a_full_pool_refuses_after_its_time_out(empty_database_url: str) -> None:
-    async with open_database(empty_database_url, pool_max=1, connect_seconds=0.05, command_seconds=0.05) as store:
+    async with open_database(empty_database_url, pool_max=1, connect_seconds=2, command_seconds=2) as store:
         async with store.acquire():
             with pytest.raises(StoreUnavailable):
                 await store.fetch_value("SELECT 1")
@@ -115,6 +117,14 @@ async def test_the_blocks_own_error_comes_out_as_it_is(empty_database_url: str) 
     with pytest.raises(KeyError, match="mine"):
         async with open_database(empty_database_url):
             raise KeyError("mine")
+
+
+async def test_a_connection_that_is_lost_as_the_pool_closes_is_no_error(empty_database_url: str) -> None:
+    async with open_database(empty_database_url, pool_max=1) as store:
+        async with store.acquire() as connection:
+            raw = connection._raw._con
+        with socket.socket(fileno=os.dup(raw._transport.get_extra_info("socket").fileno())) as wire:
+            wire.shutdown(socket.SHUT_WR)
 
 
 async def test_losing_the_connection_is_unknown_only_where_something_may_have_been_written(store: Database) -> None:

@@ -25,6 +25,7 @@ from callora.ledger.ids import ApiKeyId, UserId
 from callora.ledger.limits import Limit, Standing
 from callora.logs import Logs
 from callora.service import SystemClock
+from callora.store import pace as pace_of_store
 from callora.store.pace import HUNG_SECONDS, SCRIPT, SharedPace, examine, logs_of
 from tests.support.client import closed_port, watchdog
 from tests.support.processes import free_port
@@ -35,6 +36,12 @@ KEY, OTHER_KEY = ApiKeyId("0190a000-0000-7000-8000-000000000001"), ApiKeyId("019
 MINUTE = 60.0
 PLENTY = Limit(1_000_000, MINUTE)
 SECOND_US = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a busy machine be late with an answer: the bound itself is for the long run of outages to measure."""
+    monkeypatch.setattr(pace_of_store, "ANSWER_SECONDS", 0.8)
 
 
 def address_of(url: str) -> RedisAddress:

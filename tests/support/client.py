@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, Self
 import attrs
 import trio
 
-WATCHDOG_SECONDS: Final = 10.0
+WATCHDOG_SECONDS: Final = 60.0
 HEAD_LENGTH_MAX: Final = 1 << 20
 Headers = list[tuple[str, str]]
 

@@ -26,8 +26,8 @@ from tests.support.client import BodyReader, ClosedEarly, Head, Malformed, Wire,
 from tests.support.service import GENEROUS
 
 POLL_SECONDS: Final = 0.01
-START_SECONDS: Final = 20.0
-CALL_SECONDS: Final = 15.0
+START_SECONDS: Final = 60.0
+CALL_SECONDS: Final = 60.0
 REPOSITORY: Final = Path(__file__).parents[2]
 _OURS: Final = frozenset(name for setting in SETTINGS.values() for name in setting.names)
 

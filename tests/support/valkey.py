@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 
 from tests.support.processes import free_port
 
-START_SECONDS: Final = 10.0
+START_SECONDS: Final = 60.0
 Reply: TypeAlias = "int | str | list[Reply] | None"
 
 
