@@ -18,6 +18,7 @@ from callora.actors.billing import Billing
 from callora.actors.catalogue import Catalogue
 from callora.actors.collector import Collector, CollectSettings
 from callora.actors.counter_accounts import CounterAccounts
+from callora.actors.disputes import Disputes
 from callora.actors.expiry import Job, repeat
 from callora.actors.exporter import Exporter
 from callora.actors.holds import Holds
@@ -56,6 +57,7 @@ from callora.http.rest.counter_usage import counter_usage_routes
 from callora.http.rest.deposits import deposit_routes
 from callora.http.rest.deps import RestDeps
 from callora.http.rest.developers import developer_routes
+from callora.http.rest.disputes import dispute_admin_routes, dispute_routes
 from callora.http.rest.frame import Exchange
 from callora.http.rest.health import Health, health_routes
 from callora.http.rest.holds import hold_routes
@@ -116,6 +118,7 @@ Task = Callable[[], Awaitable[None]]
 _LIMITED: Final = (
     "/api/billing",
     "/api/credits",
+    "/api/refunds",
     "/api/usage",
     "/api/account",
     "/api/developers",
@@ -138,6 +141,7 @@ NOTED_CHARS_MAX: Final = 1000
 _MARKETPLACE: Final = ("/api/apis", "/api/plans")
 """Searching is open to everyone: it has a limit of its own, which browsing does not share with paying."""
 TOKENS_SWEEP_SECONDS: Final = 3600.0
+DISPUTES_SWEEP_SECONDS: Final = 60.0
 FEED_SWEEP_SECONDS: Final = 600.0
 _CHALLENGES: Final = ("/auth", "/api/auth/challenge")
 _LOGINS: Final = ("/auth", "/api/auth/wallet")
@@ -376,9 +380,12 @@ def _billing(desk: Desk) -> _Part:
         desk.ids,
         ttl_seconds_default=int(desk.settings.hold_ttl_seconds),
     )
+    disputes = Disputes(desk.database, billing, desk.clock, desk.ids, desk.log)
     return _Part(
         (
             billing_routes(billing, desk.database),
+            dispute_routes(disputes, desk.database),
+            dispute_admin_routes(disputes, desk.database),
             hold_routes(holds, desk.database, LimitReads(desk.database, desk.clock)),
             key_check_routes(desk.catalogue),
             operator_routes(
@@ -390,7 +397,11 @@ def _billing(desk: Desk) -> _Part:
                 desk.clock,
             ),
         ),
-        (("billing", billing.run), ("holds", holds.run)),
+        (
+            ("billing", billing.run),
+            ("holds", holds.run),
+            ("disputes", partial(repeat, "disputes", disputes.sweep, DISPUTES_SWEEP_SECONDS, desk.log)),
+        ),
     )
 
 

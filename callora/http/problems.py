@@ -521,6 +521,28 @@ _TABLE: Final = (
         "Refunds of a usage event never exceed what was captured for it; details give what is refundable.",
         "Refund at most that.",
     ),
+    Problem("DISPUTE_NOT_FOUND", 404, "No such dispute", "No dispute of yours has this id.", "List the disputes."),
+    Problem(
+        "DISPUTE_EXISTS",
+        409,
+        "The charge is disputed already",
+        "A usage event is disputed once, whatever was decided; details give the dispute's id and status.",
+        "Look at that dispute.",
+    ),
+    Problem(
+        "DISPUTE_RESOLVED",
+        409,
+        "The dispute is decided already",
+        "A dispute is decided once; details give its status.",
+        "Read what was decided. A refund beyond it: POST /api/billing/refund.",
+    ),
+    Problem(
+        "NOTHING_TO_REFUND",
+        409,
+        "Nothing of the usage event can be given back",
+        "The usage event was not charged, cost no money, or was refunded whole.",
+        "Nothing; an operator upholds such a dispute.",
+    ),
     # Deposits and withdrawals
     Problem("MISSING_AMOUNT", 400, "amount_usdc is required", "amount_usdc is missing or empty.", "Send an amount."),
     Problem(

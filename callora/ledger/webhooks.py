@@ -23,6 +23,8 @@ EVENTS: Final[Mapping[str, str]] = {
     "key_revoked": "key.revoked",
     "invoice_created": "invoice_created",
     "deposit_confirmed": "deposit.confirmed",
+    "dispute_opened": "dispute.opened",
+    "dispute_resolved": "dispute.resolved",
 }
 """What is told, by its type in the outbox, and what receivers know it as."""
 TEST_EVENT: Final = "webhook.test"

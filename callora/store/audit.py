@@ -184,6 +184,16 @@ _CHECKS: Final = (
         """,
     ),
     Check(
+        "a dispute is refunded exactly where the ledger has its refund",
+        """
+        SELECT count(*) AS wrong, min(d.dispute_id::text) AS example FROM disputes d
+        LEFT JOIN ledger_entries e
+            ON e.vault_id = d.vault_id AND e.kind = 'refund' AND e.ref = 'dispute:' || d.dispute_id
+        WHERE d.status = 'REFUNDED' AND (e.event_id, e.amount) IS DISTINCT FROM (d.event_id, d.refunded)
+            OR d.status IN ('OPEN', 'UPHELD') AND e.ref IS NOT NULL
+        """,
+    ),
+    Check(
         "a vault's entries are numbered without a gap up to its counter",
         """
         SELECT count(*) AS wrong, min(vault_id::text) AS example FROM (

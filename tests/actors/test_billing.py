@@ -53,9 +53,9 @@ class Bank:
         return found.request.event_id
 
 
-@pytest.fixture
-async def bank(database: Database, database_url: str) -> AsyncIterator[Bank]:
-    """A bank whose ledger the audit finds clean when the test ends."""
+@asynccontextmanager
+async def open_bank(database: Database, database_url: str) -> AsyncIterator[Bank]:
+    """Yield a bank whose ledger the audit finds clean when the block ends."""
     async with real_ledger(database, TestClock()) as ledger:
         now, user_id = ledger.clock.now(), UserId(ledger.ids.uuid7())
         await accounts.add_user(database, user_id, "Consumer", now)
@@ -75,6 +75,13 @@ async def bank(database: Database, database_url: str) -> AsyncIterator[Bank]:
         endpoint = await database.fetch_value("SELECT endpoint_id FROM api_endpoints")
         yield Bank(ledger, database_url, user_id, vault_id, api_id, EndpointId(endpoint))
         assert await ledger.findings() == []
+
+
+@pytest.fixture
+async def bank(database: Database, database_url: str) -> AsyncIterator[Bank]:
+    """A bank whose ledger the audit finds clean when the test ends."""
+    async with open_bank(database, database_url) as opened:
+        yield opened
 
 
 class FaultyStore(VaultStore):

@@ -121,6 +121,8 @@ class World:
             "refuse_depositor": {"address": self.places["address"], "reason": "because"},
             "pay_withdrawal": {},
             "refuse_withdrawal": {"reason": "because"},
+            "open_dispute": {"usage_event_id": self.places["disputableId"], "reason": "because"},
+            "resolve_dispute": {"resolution": "REFUNDED"},
             "set_plan": {"name": "Plan", "priceUsdc": "0.02", "monthlyCredits": 10, "overage": "deny"},
             "subscribe": {"planId": self.places["planId"]},
             "request_quota": {"credits": 10, "reason": "because of more calls"},
@@ -169,6 +171,9 @@ _QUERIES: Final[dict[str, dict[str, str | int]]] = {
 }
 _OPEN_TO_OTHERS: Final = frozenset(("create_api_key", "get_wallet_balances", "set_vault_limit", "remove_vault_limit"))
 """Operations of a person on what is somebody else's and public, or whose path names nothing of the owner's."""
+
+_OF_THE_OWNERS: Final = frozenset(("open_dispute",))
+"""Operations whose body, and not their path, names something of the owner's."""
 
 
 async def world(service: RunningService, client: httpx.AsyncClient, base_url: str) -> World:
@@ -224,7 +229,11 @@ async def world(service: RunningService, client: httpx.AsyncClient, base_url: st
         "endpointId": made.body["endpoints"][0]["id"],
         "amountUsdc": "0.02",
     }
-    places["eventId"] = (await done(owner.person.ask("POST", "/api/billing/deduct", deduct))).body["usageEventId"]
+    for name in ("eventId", "disputableId", "disputedId"):
+        charge = {**deduct, "requestId": deduct["requestId"] if name == "eventId" else f"{name}-{number}"}
+        places[name] = (await done(owner.person.ask("POST", "/api/billing/deduct", charge))).body["usageEventId"]
+    dispute = {"usage_event_id": places["disputedId"], "reason": "because"}
+    places["disputeId"] = (await done(owner.person.ask("POST", "/api/billing/disputes", dispute))).body["id"]
     held = {**deduct, "apiKeyId": key_id, "amountUsdc": "0.01"}
     names: list[str] = []
     for name in ("captured", "held"):
@@ -422,7 +431,9 @@ def expected(operation: dict[str, Any], path: str, asker: str) -> int | None:
         return None if asker == "operator" else 403
     if asker == "operator":
         return 401
-    others = asker == "other user" and "{" in path and operation["operationId"] not in _OPEN_TO_OTHERS
+    name = operation["operationId"]
+    owned = ("{" in path and name not in _OPEN_TO_OTHERS) or name in _OF_THE_OWNERS
+    others = asker == "other user" and owned
     return 404 if others else None
 
 

@@ -16,9 +16,11 @@ from callora.ledger.commands import (
     capture,
     release,
 )
+from callora.ledger.ids import UserId
 from callora.ledger.money import Stroops
 from callora.store import audit as audits
 from callora.store.bridge import Database
+from callora.store.disputes import add_dispute
 from callora.store.revenue import advance
 from tests.simulation.ledgers import NOON, RealLedger, TestClock, real_ledger
 from tests.simulation.support import CHARGED, DELIVERED
@@ -52,6 +54,8 @@ PLANTED = {
     " (vault_id, request_id, hold_id, api_key_id, event_id, released_at, created_at) SELECT vault_id, 'r', event_id,"
     " api_key_id, event_id, created_at, created_at FROM usage_events WHERE state = 'captured' LIMIT 1",
     "no event is refunded beyond its capture": "UPDATE ledger_entries SET amount = 1000 WHERE kind = 'refund'",
+    "a dispute is refunded exactly where the ledger has its refund": "UPDATE disputes SET status = 'REFUNDED',"
+    " refunded = 70, decided_at = created_at, decided_by = 'x'",
     "a vault's entries are numbered without a gap up to its counter": "UPDATE ledger_entries SET seq = 7 WHERE seq = 2",
     "an answered idempotency key belongs to a closed event and names its charge": "UPDATE idempotency_keys"
     " SET charge = charge + 1",
@@ -98,6 +102,9 @@ async def ledger(database: Database) -> AsyncIterator[RealLedger]:
         ):
             await opened.store.commit_round([await opened.share(vault_id, close)])
         await opened.locked(vault_id, Refund(spent, Stroops(20), "r"))
+        user_id = UserId(str(await database.fetch_value("SELECT user_id FROM vaults WHERE vault_id = $1", vault_id)))
+        async with database.transaction() as connection:
+            assert await add_dispute(connection, opened.ids.uuid7(), vault_id, keyed, user_id, "because", NOON)
         await opened.locked(vault_id, Withdraw(Stroops(5), "w"))
         await opened.locked(vault_id, Grant(Stroops(7), "g"))
         await set_network(database, epoch=1)
