@@ -44,7 +44,12 @@ async def endpoints(database: Database, ids: Ids, url: str, count: int) -> list[
 
 async def free_claims(database: Database) -> None:
     """End the leases of who was killed, for which a machine would wait."""
-    await database.execute("UPDATE webhook_endpoints SET claimed_until = now() WHERE claimed_until IS NOT NULL")
+    # Locked in the order in which a pass locks them: the last statement of who was killed may still be running.
+    await database.execute(
+        "UPDATE webhook_endpoints SET claimed_until = now() WHERE endpoint_id IN ("
+        "SELECT endpoint_id FROM webhook_endpoints WHERE claimed_until IS NOT NULL"
+        " ORDER BY endpoint_id FOR NO KEY UPDATE)"
+    )
 
 
 def environ(database_url: str) -> dict[str, str]:
