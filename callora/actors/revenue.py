@@ -12,14 +12,20 @@ from callora.metrics import Metrics
 from callora.store import revenue as store
 from callora.store.bridge import Database, StatementRejected
 from callora.store.revenue import SPAN, Indexed
-from callora.store.rollup import EPOCH
+from callora.store.rollup import EPOCH, SETTLE
 
 UNDEFINED_TABLE: Final = "42P01"
-SPAN_MIN: Final = timedelta(seconds=1)
+SPAN_MIN: Final = timedelta(seconds=0.25)
 SPAN_MAX: Final = timedelta(days=1)
-QUICK_SECONDS: Final = 1.0
+QUICK_SECONDS: Final = 0.02
 """While the indexer is behind, a pass that took less is followed by one over twice the time, and one that took three
-times as long by one over half of it: a pass must end within the time-out of a statement."""
+times as long by one over half of it: calls made meanwhile share the database with a pass."""
+REST_PER_WORK: Final = 4
+"""A pass that leaves more to index is followed by a pause so many times as long, while that is recent."""
+RECENT: Final = timedelta(minutes=10)
+NEWEST_MAX: Final = 5_000
+"""Where more rows than this are not final yet, they are indexed once they are: looking at them again in each pass would
+cost more than indexing them. A settlement indexes them first, whatever they are."""
 
 
 class RevenueIndexer:
@@ -50,15 +56,21 @@ class RevenueIndexer:
         self._interval_seconds = interval_seconds
         self._span = SPAN
         self._as_of = EPOCH
+        self._newest: bool | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Make a pass every interval until cancelled; one that fails is made up for by the next."""
         task_status.started()
         while True:
-            behind = False
+            rest = self._interval_seconds
+            newest, started = self._newest, trio.current_time()
             try:
                 made = await self.make_pass()
-                behind = made is not None and made.behind
+                if made is not None and made.behind:
+                    recent = self._clock.now() - made.done_until < RECENT
+                    rest = REST_PER_WORK * (trio.current_time() - started) if recent else 0.0
+                elif made is not None and self._newest and not newest:
+                    rest = 0.0
                 await self._show()
             except StatementRejected as error:
                 if error.sqlstate != UNDEFINED_TABLE:
@@ -68,13 +80,13 @@ class RevenueIndexer:
             except CalloraFault as fault:
                 self._span = max(SPAN_MIN, self._span / 2)
                 self._log.warning("revenue_not_indexed", error=str(fault))
-            await trio.sleep(0 if behind else self._interval_seconds)
+            await trio.sleep(rest)
 
     async def make_pass(self, *, wait: bool = False) -> Indexed | None:
-        """Index what is new; return None where another process is at it.
+        """Index what is new, all of it where that is little; return None where another process is at it.
 
         Args:
-            wait: for that process, and then make the pass.
+            wait: for that process, and then index all of it.
 
         Raises:
             StoreUnavailable, StoreConflict: nothing was changed.
@@ -87,8 +99,13 @@ class RevenueIndexer:
                 self._log.info("platform_fee_set", bps=self._fee_bps)
             self._fee_known = True
         started = trio.current_time()
-        made = await store.advance(self._database, self._clock.now(), span=self._span, wait=wait)
+        newest = wait or self._newest is True
+        made = await store.advance(self._database, self._clock.now(), span=self._span, newest=newest, wait=wait)
         took = trio.current_time() - started
+        if made is not None and made.per_second is not None:
+            self._newest = made.per_second * SETTLE.total_seconds() <= NEWEST_MAX
+        elif made is not None and self._newest is None:
+            self._newest = made.entries <= NEWEST_MAX
         if made is not None and made.behind and took < QUICK_SECONDS:
             self._span = min(SPAN_MAX, self._span * 2)
         elif took > 3 * QUICK_SECONDS:

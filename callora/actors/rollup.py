@@ -10,11 +10,15 @@ from callora.ledger.clock import Clock
 from callora.ledger.faults import CalloraFault
 from callora.metrics import Metrics
 from callora.store.bridge import Database, StatementRejected
-from callora.store.rollup import EPOCH, SPAN, Pass, advance, as_of
+from callora.store.rollup import EPOCH, MINUTE, SETTLE, SPAN, Pass, advance, as_of
 
 UNDEFINED_TABLE: Final = "42P01"
-PAUSE_PER_WORK: Final = 19
-"""A pass that takes long is followed by a pause so many times as long: adding up gets a twentieth of a core at most."""
+PAUSE_PER_WORK: Final = 99
+"""A pass that takes long is followed by a pause so many times as long. Calls made during a pass share the database with
+it; so at most one in a hundred is, and what the slowest of a hundred callers sees is not the rollup's doing."""
+PAUSE_SECONDS_MAX: Final = 20.0
+WHOLE_CALLS_MAX: Final = 20_000
+"""Where more calls than this are not final yet, passes are light."""
 SPAN_MIN: Final = timedelta(minutes=1)
 SPAN_MAX: Final = timedelta(days=1)
 QUICK_SECONDS: Final = 1.0
@@ -40,6 +44,7 @@ class Rollup:
         self._interval_seconds = interval_seconds
         self._span = SPAN
         self._as_of = EPOCH
+        self._light = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Make a pass every interval until cancelled; one that fails is made up for by the next."""
@@ -62,7 +67,8 @@ class Rollup:
             if behind and took < QUICK_SECONDS:
                 self._span = min(SPAN_MAX, self._span * 2)
             self._show_lag()
-            await trio.sleep(took if behind else max(self._interval_seconds, PAUSE_PER_WORK * took))
+            rest = max(self._interval_seconds, min(PAUSE_PER_WORK * took, PAUSE_SECONDS_MAX))
+            await trio.sleep(took if behind else rest)
 
     async def make_pass(self) -> Pass | None:
         """Count what is new; return None where another process is at it.
@@ -73,8 +79,12 @@ class Rollup:
 
         Cancellation: the pass is not made.
         """
-        made = await advance(self._database, self._clock.now(), span=self._span)
-        self._as_of = made.as_of if made is not None else await as_of(self._database)
+        made = await advance(self._database, self._clock.now(), span=self._span, light=self._light)
+        before, self._as_of = self._as_of, made.as_of if made is not None else await as_of(self._database)
+        if made is not None and self._as_of > before > EPOCH:
+            rate = made.calls / (self._as_of - before).total_seconds()
+            # A minute becomes final when it has been over for SETTLE.
+            self._light = rate * (SETTLE + MINUTE).total_seconds() > WHOLE_CALLS_MAX
         return made
 
     def _show_lag(self) -> None:

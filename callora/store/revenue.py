@@ -126,6 +126,8 @@ class Indexed:
     """Rows made."""
     behind: bool
     """Whether there is more to index at once."""
+    per_second: float | None
+    """Rows made for each second that `as_of` moved; None where it did not."""
 
 
 @attrs.frozen
@@ -139,12 +141,19 @@ class Unsettled:
 
 
 async def advance(
-    database: Database, now: datetime, *, span: timedelta = SPAN, slow_seconds: float = SLOW_SECONDS, wait: bool = False
+    database: Database,
+    now: datetime,
+    *,
+    span: timedelta = SPAN,
+    newest: bool = True,
+    slow_seconds: float = SLOW_SECONDS,
+    wait: bool = False,
 ) -> Indexed | None:
     """Make one pass; return None where another process is making one.
 
     Args:
         span: how much is indexed at once when the indexer is behind.
+        newest: whether the last pass, which is not behind, indexes what is not final yet too.
         slow_seconds: the age of a transaction of ours that keeps what is dated from being final.
         wait: for the other process to end its pass, rather than return.
 
@@ -159,11 +168,20 @@ async def advance(
         row = await connection.fetch_row(_LOCK_WAITING if wait else _LOCK)
         if row is None:
             return None
-        return await _advance(connection, row["done_until"], row["pass"], now, span, slow_seconds)
+        reached = (row["done_until"], row["as_of"])
+        return await _advance(connection, *reached, row["pass"], now, span, slow_seconds, newest=newest)
 
 
 async def _advance(
-    connection: Connection, done_until: datetime, number: int, now: datetime, span: timedelta, slow_seconds: float
+    connection: Connection,
+    done_until: datetime,
+    indexed_before: datetime,
+    number: int,
+    now: datetime,
+    span: timedelta,
+    slow_seconds: float,
+    *,
+    newest: bool,
 ) -> Indexed:
     settled = now - SETTLE
     # Asked before the pass's statement looks: what began later dates its rows later.
@@ -173,15 +191,17 @@ async def _advance(
         first: datetime | None = await connection.fetch_value(_FIRST)
         since = min(settled, first) if first is not None else settled
     behind = settled - since > span
-    if behind:
-        until = final = as_of = since + span
+    if behind or not newest:
+        until = final = min(since + span, max(since, settled))
+        as_of = max(indexed_before, final)
     else:
         # Another process's clock may be ahead: what it dated after `now` is indexed as well.
         until, final, as_of = now + timedelta(hours=1), max(since, settled), now
     if slow and now - final < SLOW_MAX:
         final, behind = done_until, False
     entries: int = await connection.fetch_value(_INDEX, since, until, final, as_of, number + 1)
-    return Indexed(final, as_of, entries, behind)
+    moved = (as_of - max(indexed_before, since)).total_seconds()
+    return Indexed(final, as_of, entries, behind, entries / moved if moved > 0 else None)
 
 
 async def as_of(database: Database) -> datetime:

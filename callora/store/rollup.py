@@ -33,6 +33,8 @@ SLOW_MAX: Final = timedelta(days=1)
 """Minutes so long over become final whatever is open: an audit or a migration that lasts must not stop a rebuild."""
 SPAN: Final = timedelta(hours=1)
 """How much a pass counts at once when it is behind."""
+RECENT: Final = timedelta(seconds=10)
+"""How long a minute must be over for a light pass to leave it alone until it becomes final."""
 
 _MEASURES: Final = (
     "calls",
@@ -180,7 +182,7 @@ class Pass:
     done_until: datetime
     """Every minute before it is final, but for the holds in usage_open."""
     as_of: datetime
-    """What had ended by then is counted."""
+    """What had ended by then is counted; where passes are light, but for what ended long after its minute."""
     calls: int
     """Calls that were not counted before."""
     behind: bool
@@ -188,12 +190,21 @@ class Pass:
 
 
 async def advance(
-    database: Database, now: datetime, *, span: timedelta = SPAN, slow_seconds: float = SLOW_SECONDS, wait: bool = False
+    database: Database,
+    now: datetime,
+    *,
+    span: timedelta = SPAN,
+    light: bool = False,
+    slow_seconds: float = SLOW_SECONDS,
+    wait: bool = False,
 ) -> Pass | None:
     """Make one pass; return None where another process is making one.
 
     Args:
         span: how much is counted at once when the rollup is behind, >= one minute.
+        light: count either what becomes final now or, where nothing does, the minutes that RECENT reaches into, rather
+            than everything that is not final. What a light pass leaves out a later one counts, at the latest the one
+            that makes its minute final.
         slow_seconds: the age of a transaction of ours that keeps minutes from becoming final.
         wait: for the other process to end its pass, rather than return.
 
@@ -208,11 +219,18 @@ async def advance(
         row = await connection.fetch_row(_LOCK_WAITING if wait else _LOCK)
         if row is None:
             return None
-        return await _advance(connection, row["done_until"], now, span, slow_seconds)
+        return await _advance(connection, row["done_until"], row["as_of"], now, span, slow_seconds, light=light)
 
 
 async def _advance(
-    connection: Connection, done_until: datetime, now: datetime, span: timedelta, slow_seconds: float
+    connection: Connection,
+    done_until: datetime,
+    counted_before: datetime,
+    now: datetime,
+    span: timedelta,
+    slow_seconds: float,
+    *,
+    light: bool,
 ) -> Pass:
     settled = (now - SETTLE).replace(second=0, microsecond=0)
     # Asked before the pass's statement looks: what began later dates its rows later.
@@ -221,14 +239,20 @@ async def _advance(
     if done_until <= EPOCH:
         first: datetime | None = await connection.fetch_value(_FIRST)
         since = min(settled, first) if first is not None else settled
-    behind = settled - since > span
-    if behind:
-        until = sealed = counted = since + span
-    else:
+    caught_up = settled - since <= span
+    if caught_up:
         # Another process's clock may be ahead: what it dated after `now` is counted as well.
         until, sealed, counted = now + timedelta(hours=1), max(since, settled), now
+    else:
+        until = sealed = counted = since + span
+    behind = not caught_up
     if slow and now - sealed < SLOW_MAX:
         sealed, behind = done_until, False
+    if light and caught_up and done_until > EPOCH:
+        if sealed > done_until:
+            until, counted = sealed, max(counted_before, sealed)
+        else:
+            since = max(since, (now - RECENT).replace(second=0, microsecond=0))
     calls: int = await connection.fetch_value(_PASS, since, until, sealed, counted)
     return Pass(sealed, counted, calls, behind)
 

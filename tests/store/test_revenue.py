@@ -16,6 +16,7 @@ from callora.ledger.settlement import platform_fee, refunded_fee
 from callora.store import revenue
 from callora.store.bridge import Database
 from callora.store.revenue import FEE_NOTICE, Indexed, advance, look_again, set_fee
+from callora.store.rollup import SETTLE
 from tests.simulation.ledgers import RealLedger, TestClock, real_ledger
 from tests.store.test_rollup import World, placed, taken
 from tests.support.counters import metering, minute, rating_process, snapshot
@@ -91,12 +92,18 @@ class Earnings(World):
                     scope.cancel()
 
                 nursery.start_soon(cut)
-                await advance(self.ledger.database, self.ledger.clock.now())
+                await self.pass_lightly()
+
+    async def pass_lightly(self) -> None:
+        span = timedelta(seconds=self.random.choice((0.25, 5, 300)))
+        newest = self.random.random() < 0.5
+        made = await advance(self.ledger.database, self.ledger.clock.now(), span=span, newest=newest)
+        assert made is None or newest or made.done_until <= self.ledger.clock.now() - SETTLE
 
     async def pass_at_once(self) -> None:
         async with trio.open_nursery() as nursery:
             for _ in range(3):
-                nursery.start_soon(advance, self.ledger.database, self.ledger.clock.now())
+                nursery.start_soon(self.pass_lightly)
             nursery.start_soon(self.close)
 
     async def pass_alone(self) -> None:
@@ -121,6 +128,7 @@ async def test_whatever_happens_each_event_and_refund_is_indexed_once_and_from_n
         world.crash,
         world.change_fee,
         world.pass_at_once,
+        *(world.pass_lightly,) * 2,
         *(world.pass_alone,) * 2,
     )
     for _ in range(150):
@@ -170,6 +178,27 @@ async def test_calls_of_this_very_moment_are_indexed_at_once(ledger: RealLedger)
     await taken(ledger, vault_id, await placed(ledger, vault_id))
     assert (await indexed(ledger)).entries == 1
     assert (await indexed(ledger)).entries == 0
+
+
+async def test_what_is_not_final_waits_where_it_is_not_asked_for(ledger: RealLedger) -> None:
+    vault_id = await ledger.vault(100)
+
+    async def final() -> tuple[int, timedelta, float | None]:
+        made = await advance(ledger.database, ledger.clock.now(), newest=False)
+        assert made is not None
+        return made.entries, ledger.clock.now() - made.as_of, made.per_second
+
+    await taken(ledger, vault_id, await placed(ledger, vault_id))
+    assert (await indexed(ledger)).entries == 1
+    for _ in range(3):
+        await taken(ledger, vault_id, await placed(ledger, vault_id))
+    assert await final() == (0, timedelta(), None), "what was reached before is not taken back"
+    ledger.clock.advance(90)
+    await taken(ledger, vault_id, await placed(ledger, vault_id))
+    assert await final() == (3, SETTLE, 3 / 30)
+    made = await indexed(ledger)
+    assert (made.entries, made.as_of) == (1, ledger.clock.now())
+    assert await ledger.findings() == []
 
 
 async def test_what_a_vault_owes_is_earned_once_it_is_paid(ledger: RealLedger) -> None:

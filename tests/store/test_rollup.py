@@ -204,13 +204,17 @@ class World:
                     scope.cancel()
 
                 nursery.start_soon(cut)
-                await advance(self.ledger.database, self.ledger.clock.now())
+                await self.pass_lightly()
+
+    async def pass_lightly(self) -> None:
+        """Make a pass that may leave out what is not final."""
+        await advance(self.ledger.database, self.ledger.clock.now(), light=self.random.random() < 0.7)
 
     async def pass_at_once(self) -> None:
         """Several processes pass while a call is closed."""
         async with trio.open_nursery() as nursery:
             for _ in range(3):
-                nursery.start_soon(advance, self.ledger.database, self.ledger.clock.now())
+                nursery.start_soon(self.pass_lightly)
             nursery.start_soon(self.close)
 
     async def pass_alone(self) -> None:
@@ -232,6 +236,7 @@ async def test_whatever_happens_the_sums_after_a_pass_are_those_of_the_events(le
         *(world.wait,) * 4,
         world.crash,
         world.pass_at_once,
+        *(world.pass_lightly,) * 2,
         *(world.pass_alone,) * 2,
     )
     for _ in range(150):
@@ -248,6 +253,43 @@ async def test_whatever_happens_the_sums_after_a_pass_are_those_of_the_events(le
     await world.pass_alone()
     assert await ledger.count("usage_open") == 0
     assert await ledger.findings() == []
+
+
+async def test_a_light_pass_counts_the_latest_minutes_and_what_becomes_final(ledger: RealLedger) -> None:
+    ledger.clock.advance(-ledger.clock.now().second % 60 + 1 - ledger.clock.now().microsecond / 1_000_000)
+    vault_id = await ledger.vault(100)
+    late = await placed(ledger, vault_id)
+    await passed(ledger)
+
+    async def counted() -> tuple[int, timedelta]:
+        """Return the calls in the sums, and how far the sums say they are behind."""
+        made = await advance(ledger.database, ledger.clock.now(), light=True)
+        assert made is not None
+        calls = await ledger.database.fetch_value("SELECT coalesce(sum(calls), 0)::bigint FROM all_days")
+        return calls, ledger.clock.now() - made.as_of
+
+    now = timedelta()
+    await taken(ledger, vault_id, await placed(ledger, vault_id))
+    assert await counted() == (1, now)
+    ledger.clock.advance(65)  # five seconds into the next minute
+    await taken(ledger, vault_id, late)
+    assert await counted() == (1, timedelta(seconds=65)), "a minute becomes final, and nothing else is looked at"
+    assert await counted() == (2, now), "a minute that has just ended is looked at too"
+    await taken(ledger, vault_id, await placed(ledger, vault_id))
+    later = await placed(ledger, vault_id)
+    ledger.clock.advance(50)
+    await taken(ledger, vault_id, await placed(ledger, vault_id))
+    assert await counted() == (4, now)
+    ledger.clock.advance(5)  # one second into the third minute
+    await taken(ledger, vault_id, await placed(ledger, vault_id))
+    assert await counted() == (4, timedelta(seconds=5)), "the first minute is final"
+    assert await counted() == (5, now)
+    ledger.clock.advance(15)
+    await taken(ledger, vault_id, later)
+    assert await counted() == (5, now), "it took long, and its minute is not final"
+    ledger.clock.advance(60)
+    assert (await counted())[0] == 6
+    await must_agree(ledger.database)
 
 
 async def test_a_hold_of_a_day_stops_no_minute_and_is_counted_when_it_closes(ledger: RealLedger) -> None:
