@@ -12,7 +12,7 @@ from callora.metrics import Metrics
 from callora.store import revenue as store
 from callora.store.bridge import Database, StatementRejected
 from callora.store.revenue import SPAN, Indexed
-from callora.store.rollup import EPOCH, SETTLE
+from callora.store.rollup import EPOCH
 
 UNDEFINED_TABLE: Final = "42P01"
 SPAN_MIN: Final = timedelta(seconds=0.25)
@@ -24,8 +24,8 @@ REST_PER_WORK: Final = 4
 """A pass that leaves more to index is followed by a pause so many times as long, while that is recent."""
 RECENT: Final = timedelta(minutes=10)
 NEWEST_MAX: Final = 5_000
-"""Where more rows than this are not final yet, they are indexed once they are: looking at them again in each pass would
-cost more than indexing them. A settlement indexes them first, whatever they are."""
+"""Where more charges than this are not final yet, they are indexed once they are: looking at them again in each pass
+would cost more than indexing them. A settlement indexes them first, however many they are."""
 
 
 class RevenueIndexer:
@@ -56,21 +56,18 @@ class RevenueIndexer:
         self._interval_seconds = interval_seconds
         self._span = SPAN
         self._as_of = EPOCH
-        self._newest: bool | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Make a pass every interval until cancelled; one that fails is made up for by the next."""
         task_status.started()
         while True:
             rest = self._interval_seconds
-            newest, started = self._newest, trio.current_time()
+            started = trio.current_time()
             try:
                 made = await self.make_pass()
                 if made is not None and made.behind:
                     recent = self._clock.now() - made.done_until < RECENT
                     rest = REST_PER_WORK * (trio.current_time() - started) if recent else 0.0
-                elif made is not None and self._newest and not newest:
-                    rest = 0.0
                 await self._show()
             except StatementRejected as error:
                 if error.sqlstate != UNDEFINED_TABLE:
@@ -99,13 +96,9 @@ class RevenueIndexer:
                 self._log.info("platform_fee_set", bps=self._fee_bps)
             self._fee_known = True
         started = trio.current_time()
-        newest = wait or self._newest is True
-        made = await store.advance(self._database, self._clock.now(), span=self._span, newest=newest, wait=wait)
+        newest_max = None if wait else NEWEST_MAX
+        made = await store.advance(self._database, self._clock.now(), span=self._span, newest_max=newest_max, wait=wait)
         took = trio.current_time() - started
-        if made is not None and made.per_second is not None:
-            self._newest = made.per_second * SETTLE.total_seconds() <= NEWEST_MAX
-        elif made is not None and self._newest is None:
-            self._newest = made.entries <= NEWEST_MAX
         if made is not None and made.behind and took < QUICK_SECONDS:
             self._span = min(SPAN_MAX, self._span * 2)
         elif took > 3 * QUICK_SECONDS:

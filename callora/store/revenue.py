@@ -92,6 +92,12 @@ _LOCK_WAITING: Final = "SELECT done_until, as_of, pass FROM revenue_index FOR UP
 
 _FIRST: Final = "SELECT min(created_at) FROM usage_events"
 
+_CHARGES: Final = """
+SELECT count(*) FROM (
+    SELECT FROM usage_events WHERE created_at >= $1 AND state = 'captured' AND amount > 0 LIMIT $2
+) AS c
+"""
+
 _AS_OF: Final = "SELECT as_of FROM revenue_index"
 
 _BACK: Final = "UPDATE revenue_index SET done_until = 'epoch', as_of = 'epoch'"
@@ -126,8 +132,6 @@ class Indexed:
     """Rows made."""
     behind: bool
     """Whether there is more to index at once."""
-    per_second: float | None
-    """Rows made for each second that `as_of` moved; None where it did not."""
 
 
 @attrs.frozen
@@ -145,7 +149,7 @@ async def advance(
     now: datetime,
     *,
     span: timedelta = SPAN,
-    newest: bool = True,
+    newest_max: int | None = None,
     slow_seconds: float = SLOW_SECONDS,
     wait: bool = False,
 ) -> Indexed | None:
@@ -153,7 +157,7 @@ async def advance(
 
     Args:
         span: how much is indexed at once when the indexer is behind.
-        newest: whether the last pass, which is not behind, indexes what is not final yet too.
+        newest_max: where more charges than this are not final yet, they are left until they are; None leaves none.
         slow_seconds: the age of a transaction of ours that keeps what is dated from being final.
         wait: for the other process to end its pass, rather than return.
 
@@ -169,7 +173,7 @@ async def advance(
         if row is None:
             return None
         reached = (row["done_until"], row["as_of"])
-        return await _advance(connection, *reached, row["pass"], now, span, slow_seconds, newest=newest)
+        return await _advance(connection, *reached, row["pass"], now, span, slow_seconds, newest_max)
 
 
 async def _advance(
@@ -180,8 +184,7 @@ async def _advance(
     now: datetime,
     span: timedelta,
     slow_seconds: float,
-    *,
-    newest: bool,
+    newest_max: int | None,
 ) -> Indexed:
     settled = now - SETTLE
     # Asked before the pass's statement looks: what began later dates its rows later.
@@ -191,7 +194,7 @@ async def _advance(
         first: datetime | None = await connection.fetch_value(_FIRST)
         since = min(settled, first) if first is not None else settled
     behind = settled - since > span
-    if behind or not newest:
+    if behind or (newest_max is not None and await _many(connection, settled, newest_max)):
         until = final = min(since + span, max(since, settled))
         as_of = max(indexed_before, final)
     else:
@@ -200,8 +203,13 @@ async def _advance(
     if slow and now - final < SLOW_MAX:
         final, behind = done_until, False
     entries: int = await connection.fetch_value(_INDEX, since, until, final, as_of, number + 1)
-    moved = (as_of - max(indexed_before, since)).total_seconds()
-    return Indexed(final, as_of, entries, behind, entries / moved if moved > 0 else None)
+    return Indexed(final, as_of, entries, behind)
+
+
+async def _many(connection: Connection, since: datetime, most: int) -> bool:
+    """Tell whether there are more charges than `most`; looks at no more of them."""
+    found: int = await connection.fetch_value(_CHARGES, since, most + 1)
+    return found > most
 
 
 async def as_of(database: Database) -> datetime:
