@@ -258,7 +258,7 @@ class Metrics:
         self.usage_rollup_lag_seconds = self._gauge(
             "callora_usage_rollup_lag_seconds",
             "seconds",
-            "How far sums of usage are behind the calls; expected: USAGE_ROLLUP_INTERVAL_MS.",
+            "How far sums of usage are behind the calls; expected: USAGE_ROLLUP_INTERVAL_MS, and some 20 s under load.",
         )
         self.usage_streams = self._gauge("callora_usage_streams", "streams", "Open streams of live usage.")
         self.usage_streams_ended = self._counters(
@@ -279,7 +279,8 @@ class Metrics:
         self.revenue_lag_seconds = self._gauge(
             "callora_revenue_lag_seconds",
             "seconds",
-            "How far revenue is behind the calls; expected: REVENUE_LEDGER_INDEXER_INTERVAL_MS.",
+            "How far revenue is behind the calls; expected: REVENUE_LEDGER_INDEXER_INTERVAL_MS, and some 100 s under "
+            "load.",
         )
         self.collect_runs = self._counters(
             "callora_collect_runs_total",
