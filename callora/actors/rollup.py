@@ -17,6 +17,7 @@ PAUSE_PER_WORK: Final = 99
 """A pass that takes long is followed by a pause so many times as long. Calls made during a pass share the database with
 it; so at most one in a hundred is, and what the slowest of a hundred callers sees is not the rollup's doing."""
 PAUSE_SECONDS_MAX: Final = 20.0
+"""However long a pass took: one that only had to wait must not leave the sums behind for minutes."""
 WHOLE_CALLS_MAX: Final = 20_000
 """Where more calls than this are not final yet, passes are light."""
 SPAN_MIN: Final = timedelta(minutes=1)

@@ -1,13 +1,16 @@
 """The rollup's task: it goes on whatever happens, and says how far the sums are."""
 
+import pytest
 import trio
 
+from callora.actors import rollup as actor
 from callora.actors.rollup import Rollup
 from callora.metrics import Metrics
 from callora.store.bridge import Database, open_database
 from callora.store.rollup import EPOCH
-from tests.simulation.ledgers import TestClock
+from tests.simulation.ledgers import TestClock, real_ledger
 from tests.simulation.support import Log
+from tests.store.test_rollup import placed, taken
 
 
 def lag(metrics: Metrics) -> float:
@@ -41,3 +44,28 @@ async def test_a_database_without_the_tables_is_waited_for(empty_database_url: s
                 await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
     assert rollup._as_of == EPOCH
+
+
+async def test_passes_are_light_while_calls_are_many(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actor, "WHOLE_CALLS_MAX", 10)
+    async with real_ledger(database, TestClock()) as ledger:
+        rollup = Rollup(database, ledger.clock, Metrics(), Log().logger(), interval_seconds=60)
+        vault_id = await ledger.vault(1000)
+
+        async def counted() -> int:
+            made = await rollup.make_pass()
+            assert made is not None
+            return made.calls
+
+        assert await counted() == 0
+        late = await placed(ledger, vault_id)
+        for _ in range(3):
+            await taken(ledger, vault_id, await placed(ledger, vault_id))
+        ledger.clock.advance(1)
+        assert await counted() == 3, "three a second would be 360 that are not final"
+        ledger.clock.advance(89)
+        await taken(ledger, vault_id, await placed(ledger, vault_id))
+        assert await counted() == 0, "light: a minute becomes final, and nothing else is looked at"
+        await taken(ledger, vault_id, late)
+        assert await counted() == 1, "light: the minute of a minute ago is not looked at"
+        assert await counted() == 1, "one call in 89 seconds is few: everything that is not final is looked at"

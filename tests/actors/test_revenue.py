@@ -1,0 +1,48 @@
+"""The revenue indexer: what is not final waits where it is much, unless a settlement asks for it."""
+
+import pytest
+
+from callora.actors import revenue as actor
+from callora.actors.revenue import RevenueIndexer
+from callora.metrics import Metrics
+from callora.store.bridge import Database
+from tests.simulation.ledgers import TestClock, real_ledger
+from tests.simulation.support import Log
+from tests.store.test_rollup import placed, taken
+
+
+async def test_many_charges_wait_until_they_are_final_or_somebody_settles(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actor, "NEWEST_MAX", 2)
+    async with real_ledger(database, TestClock()) as ledger:
+        indexer = RevenueIndexer(
+            database,
+            ledger.clock,
+            Metrics(),
+            Log().logger(),
+            network="testnet",
+            fee_bps=0,
+            interval_seconds=60,
+        )
+        vault_id = await ledger.vault(1000)
+
+        async def charged(times: int) -> None:
+            for _ in range(times):
+                await taken(ledger, vault_id, await placed(ledger, vault_id))
+
+        async def indexed() -> int:
+            await indexer.make_pass()
+            return await ledger.count("revenue_entries")
+
+        await charged(2)
+        assert await indexed() == 2, "few are indexed at once"
+        await charged(1)
+        assert await indexed() == 2, "three are many"
+        await indexer.catch_up()
+        assert await ledger.count("revenue_entries") == 3
+        await charged(1)
+        assert await indexed() == 3
+        ledger.clock.advance(61)
+        assert await indexed() == 4, "they are final"
+        assert await ledger.findings() == []
