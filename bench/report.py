@@ -355,7 +355,8 @@ def render(machine: Machine, plan: Plan, results: Results) -> str:
     parts = [
         f"{date}, {plan.name} run: {plan.repetitions} interleaved repetitions of {plan.seconds} s; "
         f"medians, and (least to most)",
-        f"{machine.cpu}, {machine.cores} cores, {machine.memory_mib} MiB, {machine.kernel}, {machine.python}",
+        f"{machine.cpu}, {machine.cores} cores, {machine.memory_mib} MiB, {machine.kernel}, "
+        f"TCP {machine.congestion_control}, {machine.python}",
         versions,
     ]
     if results.lanes is not None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import attrs
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from callora.config import SETTINGS, load_settings
@@ -32,8 +34,10 @@ REQUIRED = re.compile(r"\$\{([A-Z_]+):\?[^}]+\}")
 
 def pinned_names(lock: str) -> dict[str, str]:
     """Return the block of each package in a lock file, by name."""
-    blocks = re.split(r"\n(?=[a-zA-Z])", (ROOT / lock).read_text())
-    return {canonicalize_name(re.split(r"[=\s\[;]", block)[0]): block for block in blocks if block.strip()}
+    blocks = [block for block in re.split(r"\n(?=[a-zA-Z])", (ROOT / lock).read_text()) if block.strip()]
+    named = {canonicalize_name(re.split(r"[=\s\[;]", block)[0]): block for block in blocks}
+    assert len(named) == len(blocks), "a package is locked in two versions: one Python would run what another never saw"
+    return named
 
 
 @pytest.mark.parametrize("lock", LOCKS)
@@ -53,6 +57,35 @@ def test_the_lock_covers_every_dependency_of_the_project() -> None:
     declared = {canonicalize_name(Requirement(each).name) for each in project["dependencies"]}
     assert declared <= pinned_names("requirements.lock").keys()
     assert pinned_names("requirements.lock").keys() <= pinned_names("requirements-dev.lock").keys()
+
+
+@pytest.mark.parametrize(("version", "suits"), [("3.10", False), ("3.11", True), ("3.13", True), ("3.14", False)])
+def test_make_takes_a_python_that_the_project_declares_and_says_which_where_there_is_none(
+    version: str, suits: bool, tmp_path: Path
+) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert SpecifierSet(project["requires-python"]).contains(version) is suits
+    major, minor = version.split(".")
+    python = tmp_path / "python3"
+    pretend = f"import sys; sys.version_info = ({major}, {minor}, 0); exec(sys.argv[1])"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{pretend}" "$2"\n')
+    python.chmod(0o755)
+    for each in ("Makefile", "requirements-dev.lock", "pyproject.toml", "tests/independent/package-lock.json"):
+        (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / each).write_bytes((ROOT / each).read_bytes())
+    make = shutil.which("make")
+    assert make is not None
+    done = subprocess.run(
+        [make, "dev", f"BIN={tmp_path}/none"],
+        cwd=tmp_path,
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = "Callora needs Python 3.11, 3.12 or 3.13: make dev PYTHON=/path/to/python3.13"
+    assert (told in done.stderr) is not suits
+    assert ("python3 -m venv .venv" in done.stdout) is suits
 
 
 # --- the image --------------------------------------------------------------------------------------------------------
