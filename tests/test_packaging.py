@@ -35,7 +35,7 @@ REQUIRED = re.compile(r"\$\{([A-Z_]+):\?[^}]+\}")
 def pinned_names(lock: str) -> dict[str, str]:
     """Return the block of each package in a lock file, by name."""
     blocks = [block for block in re.split(r"\n(?=[a-zA-Z])", (ROOT / lock).read_text()) if block.strip()]
-    named = {canonicalize_name(re.split(r"[=\s\[;]", block)[0]): block for block in blocks}
+    named: dict[str, str] = {canonicalize_name(re.split(r"[=\s\[;]", block)[0]): block for block in blocks}
     assert len(named) == len(blocks), "a package is locked in two versions: one Python would run what another never saw"
     return named
 
