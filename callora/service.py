@@ -62,6 +62,7 @@ from callora.store.keys import note_use
 from callora.store.migrate import pending
 from callora.store.reads.gateway import Reads
 from callora.store.vaults import LINE_SETTINGS, VaultStore
+from callora.trust import system_trust
 
 if TYPE_CHECKING:
     from callora.chain_part import ChainDesk, ChainPart
@@ -391,7 +392,7 @@ async def _start_parts(
     jobs.start_soon(poller.run)
     policy = AddressPolicy(settings.upstream_allowed_hosts, settings.upstream_allowed_networks)
     resolver = Resolver(policy, jobs, deadline_seconds=settings.proxy_connect_timeout_seconds)
-    upstreams = Upstreams(poller, resolver, ssl.create_default_context(), settings.upstream_pool_max)
+    upstreams = Upstreams(poller, resolver, system_trust(), settings.upstream_pool_max)
     compensator = Compensator(ledger.registry, context.clock, context.ids, logs.logger("compensation"))
     budgets = Budgets(ledger.database, logs.logger("budgets"))
     admission = Admission(

@@ -31,6 +31,7 @@ from callora.outbound.addresses import (
     TargetUnresolved,
     parse_outbound_url,
 )
+from callora.trust import system_trust
 
 CONNECTIONS_MAX: Final = 64
 IDLE_CONNECTIONS_MAX: Final = 32
@@ -410,7 +411,7 @@ async def open_outbound(
             lookups_max=LOOKUPS_MAX,
         )
         pool = httpcore.AsyncConnectionPool(
-            ssl_context=tls or ssl.create_default_context(),
+            ssl_context=tls or system_trust(),
             max_connections=connections_max,
             max_keepalive_connections=min(connections_max, IDLE_CONNECTIONS_MAX),
             keepalive_expiry=IDLE_CONNECTION_SECONDS,

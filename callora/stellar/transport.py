@@ -6,7 +6,6 @@ makes no sense into the same fault, and knows whether anything of a request can 
 """
 
 import json
-import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from email.utils import parsedate_to_datetime
@@ -19,6 +18,7 @@ from stellar_sdk.client.base_async_client import BaseAsyncClient
 from stellar_sdk.client.response import Response
 
 from callora.ledger.faults import ChainFaultKind
+from callora.trust import system_trust
 
 REPLY_BYTES_MAX: Final = 16 * 1024 * 1024
 """A page of events is the largest reply that is asked for, and far smaller."""
@@ -86,7 +86,7 @@ async def open_transport() -> AsyncIterator[Transport]:
     is what was configured.
     """
     http = httpx.AsyncClient(
-        verify=ssl.create_default_context(),
+        verify=system_trust(),
         trust_env=False,
         follow_redirects=False,
         timeout=None,  # noqa: S113 - every exchange has one deadline of its own
