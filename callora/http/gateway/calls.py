@@ -216,9 +216,10 @@ class CallFlow:
                     await client.linger()
                 return reusable
             except Refused as error:
-                # With its traceback it would hold this frame, which holds it: garbage that only a collector finds, and
-                # whoever is refused may ask a thousand times a second.
+                # With its traceback, or its cause's, it would hold this frame, which holds it: garbage that only a
+                # collector finds, and whoever is refused may ask a thousand times a second.
                 refused = error.with_traceback(None)
+                refused.__cause__ = refused.__context__ = None
             except BadBody as error:
                 refused = Refused(error.code, str(error), close=True)
             except StoreUnavailable:
