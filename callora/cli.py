@@ -1,6 +1,5 @@
 """The commands. Each parses its arguments, builds what it needs and calls; nothing is decided here."""
 
-import gc
 import json
 import os
 import signal
@@ -41,9 +40,6 @@ ROLLUP_SPAN: Final = timedelta(days=1)
 REVENUE_SPAN: Final = timedelta(hours=1)
 REASON_MAX: Final = 500
 _UNDEFINED_TABLE: Final = "42P01"
-_GC_THRESHOLDS: Final = (3_000, 2, 16_000)
-"""Calls make no cycles, so collecting finds next to nothing and stops them all. A pass looks at 9 000 objects at most,
-a hundredth of a second where they have left the caches; all of them, millions where vaults are many, hardly ever."""
 
 _data_dir = click.option(
     "--data-dir",
@@ -202,7 +198,6 @@ def serve_command(data_dir: Path, workers: int, shared_port: bool, until_stdin_e
     settings = _settings(os.environ)
     if workers > 1 and settings.port == 0:
         _fail("--workers: needs a PORT other than 0, which all of them share", 2)
-    gc.set_threshold(*_GC_THRESHOLDS)
     clock = SystemClock()
 
     async def run() -> int:
@@ -284,7 +279,6 @@ def dev(data_dir: Path, port: int | None, sandbox_port: int, example: str | None
         sandbox = _dev_sandbox(data_dir, sandbox_port, credentials)
         environ |= sandbox.settings
     settings = _settings(environ)
-    gc.set_threshold(*_GC_THRESHOLDS)
     clock = SystemClock()
 
     async def run() -> int:

@@ -277,7 +277,6 @@ async def serve(
             async with trio.open_nursery() as serving:
                 await serving.start(parts.rest.run)
                 await serving.start(parts.listener.run, [listener_socket])
-                gc.collect()
                 gc.freeze()
                 url = _url(settings, listener_socket)
                 log.info("serving", url=url)
