@@ -44,7 +44,7 @@ from callora.ledger.outcomes import (
 from callora.ledger.rounds import CLEAN, RoundResult, Share
 from callora.ledger.vault import VaultState
 from callora.store import vaults
-from callora.store.bridge import Database, open_database
+from callora.store.bridge import Connection, Database, open_database
 from callora.store.reads.gateway import Reads
 from callora.store.vaults import LINE_SETTINGS, VaultStore
 from tests.simulation.ledgers import RealLedger, TestClock, real_ledger
@@ -509,6 +509,14 @@ def _nodes(plan: dict[str, object]) -> list[dict[str, object]]:
     return [plan, *(node for child in children for node in _nodes(child))]
 
 
+async def _planned(connection: Connection, statement: vaults.RoundStatement) -> list[dict[str, object]]:
+    await connection.execute(f"PREPARE round AS {statement.sql}")
+    nothing = ", ".join(["NULL"] * len(statement.parameters))
+    text = await connection.fetch_value(f"EXPLAIN (FORMAT JSON) EXECUTE round({nothing})")
+    await connection.execute("DEALLOCATE round")
+    return _nodes(json.loads(text)[0]["Plan"])
+
+
 @pytest.mark.parametrize("vacuumed", [False, True])
 @pytest.mark.parametrize("contents", vaults.STATEMENTS)
 async def test_the_rounds_plan_finds_every_stored_row_by_its_whole_key_however_empty_the_tables_are(
@@ -521,10 +529,7 @@ async def test_the_rounds_plan_finds_every_stored_row_by_its_whole_key_however_e
             await connection.execute("VACUUM ANALYZE vaults, usage_events, idempotency_keys")
         for name, value in LINE_SETTINGS.items():
             await connection.execute(f"SET {name} = '{value}'")
-        await connection.execute(f"PREPARE round AS {statement.sql}")
-        nothing = ", ".join(["NULL"] * len(statement.parameters))
-        text = await connection.fetch_value(f"EXPLAIN (FORMAT JSON) EXECUTE round({nothing})")
-    nodes = _nodes(json.loads(text)[0]["Plan"])
+        nodes = await _planned(connection, statement)
     on_tables = [node for node in nodes if "Relation Name" in node and node["Node Type"] != "ModifyTable"]
     names = {str(node["Relation Name"]) for node in on_tables}
     assert "vaults" in names
@@ -537,6 +542,46 @@ async def test_the_rounds_plan_finds_every_stored_row_by_its_whole_key_however_e
         condition = str(node.get("Index Cond"))
         assert "vault_id = ANY" in condition, node
         assert f"{second_column.get(str(node['Relation Name']), 'event_id')} = ANY" in condition, node
+
+
+_AGE = """
+DO $$
+BEGIN
+    FOR round IN 1..2000 LOOP
+        UPDATE vaults SET version = version + 1;
+        COMMIT;
+    END LOOP;
+END
+$$
+"""
+
+
+async def test_the_rounds_plan_goes_by_the_index_itself_where_busy_vaults_have_left_many_dead_versions(
+    ledger: RealLedger,
+) -> None:
+    for _ in range(16):
+        await ledger.vault(1)
+    async with ledger.database.acquire() as connection:
+        async with ledger.database.acquire() as looking:
+            # What somebody may still see is not cleared away, so each version goes to another page.
+            await looking.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+            await looking.fetch_value("SELECT count(*) FROM vaults")
+            await connection.execute(_AGE)
+            await looking.execute("ROLLBACK")
+        await connection.execute("VACUUM ANALYZE vaults")
+        for name, value in LINE_SETTINGS.items():
+            await connection.execute(f"SET {name} = '{value}'")
+
+        async def scans() -> set[str]:
+            names = set()
+            for statement in vaults.STATEMENTS.values():
+                nodes = await _planned(connection, statement)
+                names |= {str(node["Node Type"]) for node in nodes if node.get("Relation Name") == "vaults"}
+            return names - {"ModifyTable"}
+
+        assert await scans() == {"Index Scan"}
+        await connection.execute("SET enable_bitmapscan = on")
+        assert "Bitmap Heap Scan" in await scans(), "what is to be kept away did not even threaten"
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
