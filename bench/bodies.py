@@ -50,7 +50,7 @@ async def run_bodies(stack: Stack, plan: Plan, progress: Progress) -> BodyFigure
         complaints: list[str] = []
         for repetition in range(plan.repetitions):
             for lane in lanes:
-                async with lane.awake():
+                async with lane.awake(stack.postgres):
                     sample, wrong = await measure(stack, lane, connections=CONNECTIONS, plan=plan)
                 samples[lane.letter].append(sample)
                 complaints += wrong

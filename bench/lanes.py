@@ -13,14 +13,17 @@ import attrs
 import trio
 
 from bench.load import Load, Target, run_wrk, write_keys
-from bench.machine import GATEWAY_CORE, Child, cpu_seconds
+from bench.machine import GATEWAY_CORE, BenchError, Child, cpu_seconds
 from bench.nginx import peer
 from bench.plan import Plan, Progress
+from bench.postgres import Postgres
 from bench.stack import Gateway, GatewayLane, LedgerCheck, Stack
 
 DIRECT: Final = "a"
 _WAKE_SECONDS: Final = 0.5
 """After a process was stopped it trusts none of its caches until it has asked the database once, every 0.3 s."""
+_FREEZE_SECONDS: Final = 20
+_REST_SECONDS: Final = 0.02
 HOT_CONNECTIONS: Final = 64
 """Where lane (d1) is measured, and where the ratios are taken."""
 
@@ -46,13 +49,25 @@ class Lane:
     """Set where the lane is not measured at all of the plan's."""
 
     @asynccontextmanager
-    async def awake(self) -> AsyncIterator[None]:
-        """Let the lane's processes run for the block and stop them where they stand after it."""
+    async def awake(self, postgres: Postgres) -> AsyncIterator[None]:
+        """Let the lane's processes run for the block and stop them where they stand after it, outside of transactions.
+
+        One that is left open keeps every version of a row that is made meanwhile, in all databases of the server: each
+        round of another lane has more of them to look through, and a third of the calls is left after some seconds.
+        """
         self.child.thaw()
         await trio.sleep(_WAKE_SECONDS)
         yield
-        if self.letter != DIRECT:  # every lane needs the upstream
-            self.child.freeze()
+        if self.letter == DIRECT:  # every lane needs the upstream
+            return
+        with trio.move_on_after(_FREEZE_SECONDS):
+            while True:
+                self.child.freeze()
+                if not await postgres.transactions():
+                    return
+                self.child.thaw()
+                await trio.sleep(_REST_SECONDS)
+        raise BenchError(f"lane ({self.letter}) has had a transaction open for {_FREEZE_SECONDS} s")
 
 
 @attrs.frozen
@@ -151,7 +166,7 @@ async def run_lanes(stack: Stack, plan: Plan, progress: Progress) -> list[LaneFi
     async with AsyncExitStack() as up:
         lanes = await _start(stack, plan, up)
         for lane in lanes:
-            async with lane.awake():
+            async with lane.awake(stack.postgres):
                 await run_wrk(stack.tools["wrk"], lane.target, connections=64, seconds=1, directory=stack.directory)
         return await _interleave(stack, plan, progress, lanes)
 
@@ -192,7 +207,7 @@ async def _interleave(stack: Stack, plan: Plan, progress: Progress, lanes: Seque
         offset = repetition * len(rows) // plan.repetitions
         for position in [*range(offset, len(rows)), *range(offset)]:
             lane, connections = rows[position]
-            async with lane.awake():
+            async with lane.awake(stack.postgres):
                 sample, wrong = await measure(stack, lane, connections=connections, plan=plan)
             samples[position].append(sample)
             complaints[position] += wrong

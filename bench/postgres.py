@@ -17,6 +17,10 @@ from bench.machine import BenchError
 from callora.store.embedded import EmbeddedPostgres, find_binaries
 
 _SEPARATOR: Final = "\x1f"
+_OPEN: Final = """
+SELECT count(*) FROM pg_stat_activity
+WHERE xact_start IS NOT NULL AND backend_type = 'client backend' AND pid <> pg_backend_pid()
+"""
 _SETTINGS: Final = """
 SELECT current_setting('fsync'), current_setting('synchronous_commit'), current_setting('server_version')
 """
@@ -38,6 +42,10 @@ class Postgres:
     def dsn_of(self, database: str) -> str:
         """Return the address of another database of this server."""
         return urlunsplit(urlsplit(self.dsn)._replace(path=f"/{database}"))
+
+    async def transactions(self) -> int:
+        """Return how many sessions of clients have a transaction open."""
+        return int((await query(self.binaries, self.dsn, _OPEN))[0][0])
 
     async def create(self, database: str) -> str:
         """Make an empty database and return its address."""

@@ -45,7 +45,7 @@ async def run_workers(stack: Stack, plan: Plan, progress: Progress) -> WorkerFig
         with stack.unpinned():
             for repetition in range(plan.repetitions):
                 for count, lane in lanes.items():
-                    async with lane.awake():
+                    async with lane.awake(stack.postgres):
                         sample, wrong = await measure(stack, lane, connections=_CONNECTIONS, plan=plan)
                     samples[count].append(sample)
                     complaints += wrong
