@@ -81,8 +81,8 @@ LINE_SETTINGS: Final[Mapping[str, str]] = {
     "enable_seqscan": "off",
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
-    # A bitmap goes by the index too, but looks at every old version of a vault's row that the index still names and never
-    # marks one as dead, as an index scan does: thousands where vaults are few and busy.
+    # A bitmap goes by the index too, but looks at every old version of a vault's row that the index still names, and
+    # never marks one as dead, as an index scan does: thousands where vaults are few and busy.
     "enable_bitmapscan": "off",
     # PostgreSQL 18 (seen with 18.4) crashes where a row lock had to be waited for in a statement that prunes partitions
     # while it runs. Every month is looked at instead.
