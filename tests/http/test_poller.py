@@ -3,9 +3,7 @@
 import random
 import select
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Literal
+from contextlib import ExitStack, suppress
 
 import pytest
 import trio
@@ -13,75 +11,7 @@ import trio.testing
 
 from callora.http.gateway.poller import EVENTS_A_TURN, Poller, Watch
 from callora.http.gateway.wire import RECEIVE_BYTES, PlainWire, WireBroken
-
-Kind = Literal["tcp", "unix"]
-
-
-def socket_pair(kind: Kind) -> tuple[socket.socket, socket.socket]:
-    """Return two connected sockets that do not block."""
-    if kind == "unix":
-        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    else:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            one = socket.create_connection(listener.getsockname())
-            other, _ = listener.accept()
-    one.setblocking(False)
-    other.setblocking(False)
-    return one, other
-
-
-@contextmanager
-def wired(poller: Poller, kind: Kind) -> Iterator[tuple[PlainWire, socket.socket]]:
-    """Give a wire and the socket at its other end."""
-    sock, other = socket_pair(kind)
-    wire = PlainWire(sock, poller)
-    with other:
-        try:
-            yield wire, other
-        finally:
-            wire.close()
-
-
-@pytest.fixture
-async def poller(nursery: trio.Nursery) -> AsyncIterator[Poller]:
-    poller, scope, ended = Poller(), trio.CancelScope(), trio.Event()
-
-    async def run() -> None:
-        with scope:
-            await poller.run()
-        ended.set()
-
-    nursery.start_soon(run)
-    yield poller
-    scope.cancel()
-    await ended.wait()
-    poller.close()
-
-
-@pytest.fixture(params=["tcp", "unix"])
-def kind(request: pytest.FixtureRequest) -> Kind:
-    kind: Kind = request.param
-    return kind
-
-
-async def until_told(wire: PlainWire) -> None:
-    if not wire.watch.readable:
-        await wire.watch.wait_readable()
-
-
-def fill(wire: PlainWire) -> int:
-    """Write until the socket takes no more; return how much it took."""
-    taken = 0
-    with suppress(BlockingIOError):
-        while True:
-            taken += wire.socket.send(bytes(65_536))
-    return taken
-
-
-async def drain(sock: socket.socket, size: int) -> None:
-    while size:
-        await trio.lowlevel.wait_readable(sock)
-        size -= len(sock.recv(65_536))
+from tests.support.wires import Kind, drain, fill, socket_pair, until_told, wired
 
 
 async def test_what_came_before_anyone_watched_is_read(poller: Poller, kind: Kind) -> None:

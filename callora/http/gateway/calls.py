@@ -351,7 +351,8 @@ class CallFlow:
             close=close,
         )
         self._count(call.request, stored.status)
-        await call.client.send(head if bodiless else head + stored.body)
+        message = head if bodiless else head + stored.body
+        await (call.client.send(message) if close else call.client.send_last(message))
         return not close
 
     # The hold.
@@ -587,7 +588,7 @@ class CallFlow:
         call.released = True
         if rated is not None and rated.streaming:
             return await self._stream(call, rated, exchange, claim, head) and not close
-        return await exchange.release(head) and not close
+        return await exchange.release(head, closing=close)
 
     async def _settle(self, call: Call, exchange: Exchange, claim: IdempotencyClaim | None, lines: bytes) -> None:
         """Capture or release, durably where anyone relies on it."""
@@ -818,7 +819,8 @@ class CallFlow:
             head = answer_head(
                 status, b"", _PROBLEM_LINES, length=len(document), chunked=False, own=own, close=not reusable
             )
-            await client.send(head if bodiless else head + document)
+            message = head if bodiless else head + document
+            await (client.send_last(message) if reusable else client.send(message))
             if call is None or not call.body.done:
                 # What is left of the request is read behind the answer: its sender may wait for the answer first.
                 reusable = reusable and call is not None and await call.body.discard()

@@ -179,12 +179,29 @@ class ClientConnection:
             raise (ClientTooSlow if self.timed_out else ClientGone) from error
         self.no_limit()
 
+    async def send_last(self, data: bytes) -> None:
+        """Send the last bytes of an answer on a connection that goes on: perhaps together with others' answers.
+
+        Raises:
+            ClientGone.
+        """
+        if not self.wire.send_soon(data):
+            await self.send(data)
+
+    async def finish_sending(self) -> None:
+        """Wait until the last answer is sent, before the connection ends. No progress for too long ends it."""
+        if self.wire.sending:
+            self.wait_for("client", self.limits.body_seconds)
+            await self.wire.finish_sending()
+            self.no_limit()
+
     async def linger(self) -> None:
         """After a last answer whose request was not read to its end: take a little more, so that the answer arrives.
 
         Closing with unread input resets the connection, and a reset overtakes what was sent.
         """
         taken = 0
+        await self.finish_sending()
         self.wait_for("client", LINGER_SECONDS_MAX)
         try:
             self.wire.socket.shutdown(1)

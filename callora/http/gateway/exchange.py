@@ -67,13 +67,17 @@ class Exchange:
         "_bodiless",
         "_body",
         "_client",
+        "_connect_seconds",
         "_connection",
         "_idle_seconds",
+        "_message",
         "_pieces",
+        "_pool",
         "_reader",
         "_request",
         "_request_sent",
         "_sending_fault",
+        "_sending_seconds",
         "answer",
         "lines",
         "response_bytes",
@@ -107,9 +111,9 @@ class Exchange:
     async def send(
         self, pool: Pool, head: bytes, whole_body: bytes, connect_seconds: float, sending_seconds: float
     ) -> None:
-        """Send the request's head with what there is of its body.
+        """Send the request's head with what there is of its body; where that is all of it, together with others' soon.
 
-        It is sent a second time only when a kept connection took not one byte of it.
+        It is sent a second time, from here or from `read_head`, only when a kept connection took not one byte of it.
 
         Args:
             whole_body: the body where it was read before; a small one that was not is read here.
@@ -127,26 +131,36 @@ class Exchange:
         if self._request.chunked and not self.streams_request:
             # It was read whole before, and is announced to the upstream as it was announced to us.
             whole_body = encode_chunk([whole_body]) + encode_last_chunk(self._body.trailers)
+        self._pool, self._connect_seconds, self._sending_seconds = pool, connect_seconds, sending_seconds
+        self._message = head + whole_body if whole_body else head
+        await self._send_message()
+        self._request_sent = not self.streams_request
+
+    async def _send_message(self) -> None:
+        pool, message = self._pool, self._message
         while True:
-            connection = pool.take_idle() or await pool.open(connect_seconds)
+            connection = pool.take_idle() or await pool.open(self._connect_seconds)
             self._connection = self._client.upstream = connection
             if self._client.gone:
                 raise ClientGone
-            self._client.wait_for("upstream", sending_seconds)
+            self._client.wait_for("upstream", self._sending_seconds)
+            if not self.streams_request and connection.wire.send_soon(message):
+                return
             try:
-                await connection.wire.send(head + whole_body if whole_body else head)
-                break
+                await connection.wire.send(message)
+                return
             except WireBroken as error:
                 if not (connection.reused and error.sent_nothing and not self._client.gone):
                     raise self._fault(error) from error
                 self.drop()
-        self._request_sent = not self.streams_request
 
     async def read_head(self, answer_seconds: float) -> None:
         """Read the answer's head, passing interim answers on.
 
         Raises:
             UpstreamFailed, UpstreamTimedOut, ClientGone, BadBody.
+            ConnectFailed, PoolExhausted, TargetBlocked, TargetUnresolved: a kept connection took nothing, and there is
+                no other.
         """
         connection = self._connection
         assert connection is not None
@@ -155,12 +169,15 @@ class Exchange:
         buffer = b""
         start = 0
         while True:
+            broken: WireBroken | None = None
             try:
                 data = await connection.wire.receive()
             except WireBroken as error:
-                raise self._fault(error) from error
-            if not data:
-                raise self._fault(None)
+                data, broken = b"", error
+            if not data or connection.wire.took_nothing:  # with which whatever it says is no answer
+                connection = await self._send_again(connection, broken)
+                self._client.wait_for("upstream", answer_seconds)
+                continue
             buffer += data
             try:
                 while buffer and (end := find_response_head_end(buffer, start)) >= 0:
@@ -177,6 +194,17 @@ class Exchange:
                 raise UpstreamFailed(str(error)) from error
             start = max(0, len(buffer) - 3)
 
+    async def _send_again(self, connection: UpstreamConnection, broken: WireBroken | None) -> UpstreamConnection:
+        """Send the request anew where a kept connection took nothing of it; else raise whose fault it is."""
+        client = self._client
+        if not (connection.reused and connection.wire.took_nothing) or client.gone or client.timed_out:
+            raise self._fault(broken) from broken
+        self.drop()
+        client.no_limit()
+        await self._send_message()
+        assert self._connection is not None
+        return self._connection
+
     async def read_body(self, limit_bytes: int) -> bytes | None:
         """Read the answer's whole body before anything is released; None when it is longer than `limit_bytes`.
 
@@ -192,8 +220,11 @@ class Exchange:
                 raise self._fault(None) from error
         return b"".join(self._pieces) if self.response_bytes <= limit_bytes else None
 
-    async def release(self, head: bytes) -> bool:
+    async def release(self, head: bytes, *, closing: bool) -> bool:
         """Send the answer's head, then its body as it arrives.
+
+        Args:
+            closing: the head says that the connection ends with this answer.
 
         Returns:
             Whether the client's connection may carry another request.
@@ -202,7 +233,7 @@ class Exchange:
             ClientGone: the client left.
             AnswerCut: the upstream broke off; the client's connection must be closed.
         """
-        client, reader, answer = self._client, self._reader, self.answer
+        client, reader = self._client, self._reader
         chunked = self.chunks_answer
         pieces, self._pieces = self._pieces, []
         block = head + self._framed(pieces, chunked) if pieces else head
@@ -216,12 +247,14 @@ class Exchange:
             block = self._framed(pieces, chunked)
         if chunked:
             block += encode_last_chunk(reader.trailers)
+        reusable = not closing and self._reusable
         if block:
-            await client.send(block)
+            if reusable:
+                await client.send_last(block)
+            else:
+                await client.send(block)
         self._finish()
-        if self._body.done is False or client.gone:
-            return False
-        return self._request.keep_alive and (chunked or answer.content_length is not None or self._bodiless)
+        return reusable and not client.gone
 
     async def release_metered(self, head: bytes, toll: Toll) -> bool:
         """Send the answer's head, then of its body what its toll lets pass; what has passed is charged before the end.
@@ -257,9 +290,7 @@ class Exchange:
             if block:
                 await client.send(block)
             self._finish()
-            if self._body.done is False or client.gone:
-                return False
-            return self._request.keep_alive and (chunked or answer.content_length is not None or self._bodiless)
+            return self._reusable and not client.gone
         told = toll.event_stream and answer.content_length is None
         if told:
             block += self._framed([toll.last_words()], chunked)
@@ -271,6 +302,15 @@ class Exchange:
         if not told:
             raise AnswerCut
         return self._request.keep_alive and chunked and self._body.done and not client.gone
+
+    @property
+    def _reusable(self) -> bool:
+        """True when the client can tell where this answer ends, and has nothing of its request left to send."""
+        return (
+            self._body.done
+            and self._request.keep_alive
+            and (self._request.minor == 1 or self.answer.content_length is not None or self._bodiless)
+        )
 
     @property
     def bodiless(self) -> bool:
@@ -393,6 +433,7 @@ class Exchange:
         clean = (
             self._request_sent
             and self.answer.keep_alive
+            and not connection.wire.sending
             and not self._reader.leftover
             and not isinstance(self._reader, EofReader)
         )

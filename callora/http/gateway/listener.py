@@ -181,7 +181,7 @@ class Listener:
         return self._busy
 
     def _end_when_quiet(self) -> None:
-        if self._draining and self._busy == 0:
+        if self._draining and self._busy == 0 and not any(client.wire.sending for client in self._clients):
             self.ended.set()
 
     async def _accept(self, listener: socket.socket, nursery: trio.Nursery) -> None:
@@ -227,6 +227,7 @@ class Listener:
                 await wire.handshake()
             while await self._serve_next(client):
                 pass
+            await client.finish_sending()
         except WireBroken as error:
             self._log.debug("client_lost", error=str(error))
         except Exception:
@@ -341,7 +342,7 @@ class Listener:
                 own=b"",
                 close=close,
             )
-            return await exchange.release(head) and not close
+            return await exchange.release(head, closing=close)
 
         if exchange.streams_request:
             return await exchange.while_sending(answer, REST_SECONDS, trio.sleep_forever)
@@ -355,6 +356,7 @@ class Listener:
             for client in tuple(self._clients):
                 if client.deadline <= now:
                     client.expire()
+            self._end_when_quiet()  # the last answer of a slow client may be on its way still
             self._rest.close_idle(now - REST_SECONDS / 2)
             self._rest_streams.close_idle(now - REST_SECONDS / 2)
             self._metrics.flush()

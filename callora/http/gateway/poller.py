@@ -1,4 +1,5 @@
-"""The poller: one epoll that knows the gateway's sockets for their whole life, and one task that waits for it.
+"""The poller: one epoll that knows the gateway's sockets for their whole life, and one task that waits for it; and the
+outbox: what tasks have to send, sent when all of them have had their turn.
 
 Trio arms its own epoll anew for every wait, a system call and some bookkeeping each time; here a socket is registered
 once, edge-triggered, and what is known of it is remembered. The rules of edges (epoll(7), and nginx lives by the same):
@@ -23,7 +24,7 @@ of a second or two in which no round is sent and nobody else has a turn."""
 class Watch:
     """What is known of one socket, and who waits for it: at most one reader and one writer."""
 
-    __slots__ = ("_descriptor", "_poller", "_reader", "_writer", "ended", "on_end", "readable")
+    __slots__ = ("_descriptor", "_poller", "_reader", "_writer", "ended", "on_end", "on_writable", "readable")
 
     def __init__(self, poller: "Poller", descriptor: int) -> None:
         self._poller = poller
@@ -36,6 +37,8 @@ class Watch:
         """True once the other side, or we, have ended its direction: there is something to read for ever."""
         self.on_end: Callable[[], object] | None = None
         """Called when that happens, also while nobody waits."""
+        self.on_writable: Callable[[], object] | None = None
+        """Called when a write that was refused, or taken in part, may go on, before whoever waits for it is woken."""
 
     def drained(self) -> None:
         """Note that a read has found less than it asked for."""
@@ -56,7 +59,7 @@ class Watch:
     def close(self) -> None:
         """Forget the socket, before it is closed; whoever waits for it is woken, and finds it closed. Idempotent."""
         self._poller.forget(self, self._descriptor)
-        self.on_end = None
+        self.on_end = self.on_writable = None
         self.told(_READABLE | _WRITABLE)
 
     def told(self, events: int) -> None:
@@ -66,9 +69,12 @@ class Watch:
             if self._reader is not None:
                 trio.lowlevel.reschedule(self._reader)
                 self._reader = None
-        if events & _WRITABLE and self._writer is not None:
-            trio.lowlevel.reschedule(self._writer)
-            self._writer = None
+        if events & _WRITABLE:
+            if self.on_writable is not None:
+                self.on_writable()
+            if self._writer is not None:
+                trio.lowlevel.reschedule(self._writer)
+                self._writer = None
         if events & _ENDED and not self.ended:
             self.ended = True
             if self.on_end is not None:
@@ -83,10 +89,35 @@ class Watch:
         return trio.lowlevel.Abort.SUCCEEDED
 
 
+class Outbox(trio.abc.Instrument):
+    """What is to be sent before Trio waits for anything, or gives anyone another turn.
+
+    A send wakes whoever reads at the other end. Where that is a process of this machine, and idle, waking it costs more
+    than the send; of sends in a row the first wakes it and the others find it awake.
+    """
+
+    def __init__(self) -> None:
+        self._pushes: list[Callable[[], object]] = []
+        self.opened = False
+        """Whether anything that is put in will be sent: while the poller runs."""
+
+    def put(self, push: Callable[[], object]) -> None:
+        """Have `push` called at the end of this turn; it must not raise, nor wake a task: Trio may be about to wait."""
+        self._pushes.append(push)
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Send; Trio calls this once a turn."""
+        if self._pushes:
+            for push in self._pushes:
+                push()
+            self._pushes.clear()
+
+
 class Poller:
     """The sockets that are watched. A crash of `run` may lose an edge: it is not restarted, the process ends."""
 
     def __init__(self) -> None:
+        self.outbox = Outbox()
         self._epoll = select.epoll()
         self._watches: dict[int, Watch] = {}
 
@@ -108,15 +139,22 @@ class Poller:
             self._epoll.unregister(descriptor)
 
     async def run(self) -> None:
-        """Tell every watch what its socket is ready for, until cancelled."""
-        watches = self._watches
-        while True:
-            await trio.lowlevel.wait_readable(self._epoll)
-            # Nothing is closed and no descriptor used again before all of this is told: there is no checkpoint in it.
-            for descriptor, events in self._epoll.poll(0, EVENTS_A_TURN):
-                watch = watches.get(descriptor)
-                if watch is not None:
-                    watch.told(events)
+        """Tell every watch what its socket is ready for, and empty the outbox each turn, until cancelled."""
+        watches, outbox = self._watches, self.outbox
+        trio.lowlevel.add_instrument(outbox)
+        outbox.opened = True
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(self._epoll)
+                # Nothing is closed and no descriptor used again before all of it is told: there is no checkpoint in it.
+                for descriptor, events in self._epoll.poll(0, EVENTS_A_TURN):
+                    watch = watches.get(descriptor)
+                    if watch is not None:
+                        watch.told(events)
+        finally:
+            outbox.opened = False
+            trio.lowlevel.remove_instrument(outbox)
+            outbox.before_io_wait(0)
 
     def close(self) -> None:
         """Close the epoll; every watch is closed before."""

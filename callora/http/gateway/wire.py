@@ -14,6 +14,8 @@ import trio
 from callora.http.gateway.poller import Poller
 
 RECEIVE_BYTES: Final = 65536
+SOON_BYTES_MAX: Final = 16_384
+"""The most that is put into the outbox. What is longer costs far more than the waking that is saved."""
 _YIELD_BYTES: Final = 1_048_576
 
 
@@ -29,7 +31,7 @@ class WireBroken(Exception):
 class PlainWire:
     """A TCP or UNIX connection."""
 
-    __slots__ = ("_since_yield", "socket", "watch")
+    __slots__ = ("_outbox", "_since_yield", "_unsent", "socket", "took_nothing", "watch")
 
     def __init__(self, sock: socket.socket, poller: Poller) -> None:
         sock.setblocking(False)
@@ -38,6 +40,10 @@ class PlainWire:
         self.socket = sock
         self.watch = poller.watch(sock.fileno())
         self._since_yield = 0
+        self._outbox = poller.outbox
+        self._unsent: bytes | memoryview = b""
+        self.took_nothing = False
+        """True once `send_soon` has failed, and the kernel took not one byte of what it was given."""
 
     async def receive(self) -> bytes:
         """Return what has arrived. Cancellation: nothing is lost; a ready wire is not a checkpoint each time."""
@@ -67,8 +73,58 @@ class PlainWire:
             await trio.lowlevel.checkpoint()
         return await self.receive()
 
+    @property
+    def sending(self) -> bool:
+        """True while some of what `send_soon` took is still to be sent."""
+        return len(self._unsent) > 0
+
+    def send_soon(self, data: bytes) -> bool:
+        """Take a whole message that is sent when all tasks have had their turn, and as the other side takes it.
+
+        A failure ends the connection in both directions, which the next `receive` tells.
+
+        Returns:
+            False when it was not taken and `send` has to be used: it is long, the last one is still on its way, or
+            there is something to read, which may be the connection's end and must not be read before this is sent.
+        """
+        if self._unsent or self.watch.readable or len(data) > SOON_BYTES_MAX or not self._outbox.opened:
+            return False
+        self._unsent = data
+        self._outbox.put(self._push)
+        return True
+
+    def _push(self) -> None:
+        unsent = self._unsent
+        if not unsent:
+            return
+        try:
+            sent = self.socket.send(unsent)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.took_nothing = isinstance(unsent, bytes)
+            self._unsent = b""
+            self.watch.on_writable = None
+            self.abort()
+            return
+        if sent == len(unsent):
+            self._unsent = b""
+            self.watch.on_writable = None
+            return
+        if sent:
+            self._unsent = memoryview(unsent)[sent:]
+        self.watch.on_writable = self._push
+
+    async def finish_sending(self) -> None:
+        """Wait until what `send_soon` took is sent, or its failure has ended the connection."""
+        self._push()
+        while self._unsent:
+            await self.watch.wait_writable()
+
     async def send(self, data: bytes) -> None:
-        """Send all of it."""
+        """Send all of it, behind what `send_soon` took."""
+        if self._unsent:
+            await self.finish_sending()
         sock = self.socket
         sent = 0
         try:
@@ -105,7 +161,9 @@ class PlainWire:
         _shut(self.socket)
 
     def close(self) -> None:
-        """Give the socket back."""
+        """Give the socket back; of what `send_soon` took, what the kernel does not take now is lost."""
+        self._push()
+        self._unsent = b""
         self.watch.close()
         self.socket.close()
 
@@ -160,6 +218,23 @@ class TlsWire:
     async def receive_later(self) -> bytes:
         """The same as `receive`."""
         return await self.receive()
+
+    @property
+    def sending(self) -> bool:
+        """False: nothing is sent behind anyone's back."""
+        return False
+
+    @property
+    def took_nothing(self) -> bool:
+        """False: what was encrypted is not told from what was sent."""
+        return False
+
+    def send_soon(self, data: bytes) -> bool:
+        """Take nothing: `send` has to be used."""
+        return False
+
+    async def finish_sending(self) -> None:
+        """Nothing to wait for."""
 
     async def send(self, data: bytes) -> None:
         """Send all of it."""
