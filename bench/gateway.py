@@ -3,7 +3,6 @@
 `python -m bench.gateway proxy|limits` takes the same environment as `callora serve`.
 """
 
-import gc
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from typing import Final
 
 import trio
 
+import callora.__main__  # noqa: F401 - garbage is collected as the service has it collected
 from callora.config import load_settings
 from callora.http.gateway.admission import Caller, Offer, Upstream
 from callora.http.gateway.calls import Call, CallFlow
@@ -70,5 +70,4 @@ async def _main(lane: str) -> int:
 
 
 if __name__ == "__main__":
-    gc.set_threshold(50_000, 20, 100)
     sys.exit(trio.run(_main, sys.argv[1]))

@@ -39,6 +39,12 @@ _log = logging.getLogger(__name__)
 EXIT_SECONDS: Final = 5.0
 """How long a shielded exit (ROLLBACK, giving back, closing) may take before the connection is cut."""
 
+IDLE_IN_TRANSACTION_SECONDS_MAX: Final = 30
+"""The server ends a session of ours that says nothing for so long inside a transaction: of a process that stands still.
+
+Until then it keeps its row locks, and the old versions of every busy vault's row, which each round looks through.
+"""
+
 _RECEIVE_BYTES: Final = 64 * 1024
 
 
@@ -431,7 +437,7 @@ async def open_database(
                 timeout=connect_seconds,
                 command_timeout=command_seconds,
                 connection_class=_PoolConnection,
-                server_settings={"application_name": "callora"},
+                server_settings=_session_settings("callora"),
             )
 
         pool = await loop.run_aio_coroutine(open_pool())
@@ -450,6 +456,13 @@ async def open_database(
                 pool.terminate()
     if failure is not None:
         raise failure
+
+
+def _session_settings(name: str) -> dict[str, str]:
+    return {
+        "application_name": name,
+        "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_SECONDS_MAX}s",
+    }
 
 
 def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
@@ -524,7 +537,7 @@ class Line:
     def __init__(self, loop: Any, dsn: str, settings: Mapping[str, str], *, connect_seconds: float) -> None:
         self._loop = loop
         self._dsn = dsn
-        self._settings = {"application_name": "callora-line", **settings}
+        self._settings = {**_session_settings("callora-line"), **settings}
         self._connect_seconds = connect_seconds
         self._line_loop = _LineLoop(loop)
         self._raw: Any = None

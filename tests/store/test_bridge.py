@@ -20,6 +20,7 @@ import trio.testing
 import trustme
 
 from callora.ledger.faults import OutcomeUnknown, StoreConflict, StoreRefused, StoreUnavailable
+from callora.store import bridge
 from callora.store.bridge import (
     Database,
     Line,
@@ -509,6 +510,37 @@ async def test_a_line_lost_inside_a_transaction_wrote_nothing_and_never_commits_
         async with line.transaction(deadline_seconds=5) as inside:
             await inside.run("INSERT INTO at_commit VALUES ('die')", deadline_seconds=5)
     assert await tuples(line, "SELECT count(*) AS n FROM amounts") == [(0,)]
+
+
+async def test_a_transaction_of_a_process_that_stands_still_is_ended_and_wrote_nothing(
+    store: Database, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "IDLE_IN_TRANSACTION_SECONDS_MAX", 1)
+
+    async def until_nobody_is_idle() -> None:
+        idle = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in tr%'"
+        with trio.fail_after(60):
+            while await store.fetch_value(idle):
+                pass
+
+    async def stand_still_with_a_connection() -> None:
+        async with database.transaction() as connection:
+            await connection.execute("INSERT INTO amounts VALUES (1, 1)")
+            await until_nobody_is_idle()
+            await connection.execute("INSERT INTO amounts VALUES (2, 2)")
+
+    async def stand_still_with_the_line() -> None:
+        async with line.transaction(deadline_seconds=5) as inside:
+            await inside.run("INSERT INTO amounts VALUES (3, 3)", deadline_seconds=5)
+            await until_nobody_is_idle()
+            await inside.run("INSERT INTO amounts VALUES (4, 4)", deadline_seconds=5)
+
+    async with open_database(empty_database_url) as database, database.line({}) as line:
+        with pytest.raises(StoreUnavailable):
+            await stand_still_with_a_connection()
+        with pytest.raises(StoreUnavailable):
+            await stand_still_with_the_line()
+        assert await tuples(line, "SELECT count(*) AS n FROM amounts") == [(0,)]
 
 
 async def test_a_line_refuses_a_second_task(lines: tuple[Database, Line]) -> None:
