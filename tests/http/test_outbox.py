@@ -141,6 +141,21 @@ async def test_nothing_is_taken_that_is_long_or_that_nobody_would_send(poller: P
     idle.close()
 
 
+async def test_after_a_push_that_crashed_nothing_more_is_taken(
+    poller: Poller, kind: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    def crash() -> None:
+        raise ValueError("a bug")
+
+    with wired(poller, kind) as (wire, other):
+        poller.outbox.put(crash)
+        await trio.lowlevel.checkpoint()
+        assert "a bug" in caplog.text
+        assert not wire.send_soon(b"into the void")
+        await wire.send(b"at once")
+        assert arrived(other) == b"at once"
+
+
 async def test_what_was_taken_in_the_turn_in_which_the_poller_ends_is_sent(kind: Kind) -> None:
     taken = set[bool]()
     for _ in range(50):  # whether the poller comes first in that turn is left to chance

@@ -106,11 +106,15 @@ class Outbox(trio.abc.Instrument):
         self._pushes.append(push)
 
     def before_io_wait(self, timeout: float) -> None:
-        """Send; Trio calls this once a turn."""
+        """Send; Trio calls this once a turn, and never again after an exception: from then on all is sent at once."""
         if self._pushes:
-            for push in self._pushes:
-                push()
-            self._pushes.clear()
+            pushes, self._pushes = self._pushes, []
+            try:
+                for push in pushes:
+                    push()
+            except BaseException:
+                self.opened = False
+                raise
 
 
 class Poller:
@@ -152,8 +156,9 @@ class Poller:
                     if watch is not None:
                         watch.told(events)
         finally:
-            outbox.opened = False
-            trio.lowlevel.remove_instrument(outbox)
+            if outbox.opened:
+                outbox.opened = False
+                trio.lowlevel.remove_instrument(outbox)
             outbox.before_io_wait(0)
 
     def close(self) -> None:
