@@ -164,6 +164,7 @@ async def open_ledger(context: Context, dsn: str, budget: "Budget") -> AsyncIter
             pool_max=settings.db_pool_max,
             idle_seconds=settings.db_idle_timeout_seconds,
             connect_seconds=settings.db_conn_timeout_seconds,
+            beside_calls=True,
         ) as database,
         database.line(LINE_SETTINGS) as line,
     ):

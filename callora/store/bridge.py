@@ -408,6 +408,7 @@ async def open_database(
     idle_seconds: float = 30,
     connect_seconds: float = 2,
     command_seconds: float = 10,
+    beside_calls: bool = False,
 ) -> AsyncIterator[Database]:
     """Open the pool, and the asyncio loop under it; close both at the end of the block.
 
@@ -420,10 +421,15 @@ async def open_database(
         idle_seconds: a connection unused for so long is closed; 0 keeps it.
         connect_seconds: for one connection to be made.
         command_seconds: for one statement, COMMIT among them.
+        beside_calls: no statement of the pool is spread over several of the server's processes: it would be done
+            sooner, and the rounds of paid calls later, which share the machine with it.
 
     Cancellation: closing is shielded; after `EXIT_SECONDS` what is still lent is cut.
     """
     failure: Exception | None = None
+    settings = _session_settings("callora")
+    if beside_calls:
+        settings["max_parallel_workers_per_gather"] = "0"
     async with trio_asyncio.open_loop() as loop:
         loop.set_exception_handler(_log_loop_error)
 
@@ -437,7 +443,7 @@ async def open_database(
                 timeout=connect_seconds,
                 command_timeout=command_seconds,
                 connection_class=_PoolConnection,
-                server_settings=_session_settings("callora"),
+                server_settings=settings,
             )
 
         pool = await loop.run_aio_coroutine(open_pool())

@@ -512,6 +512,17 @@ async def test_a_line_lost_inside_a_transaction_wrote_nothing_and_never_commits_
     assert await tuples(line, "SELECT count(*) AS n FROM amounts") == [(0,)]
 
 
+@pytest.mark.parametrize("beside_calls", [True, False])
+async def test_statements_beside_calls_are_not_spread_over_processes(
+    empty_database_url: str, beside_calls: bool
+) -> None:
+    async with open_database(empty_database_url, beside_calls=beside_calls) as database:
+        await database.execute("CREATE TABLE long AS SELECT i FROM generate_series(1, 500000) AS i")
+        await database.execute("ANALYZE long")
+        plan = await database.fetch("EXPLAIN SELECT count(*) FROM long WHERE i % 7 = 3")
+    assert any("Parallel" in row["QUERY PLAN"] for row in plan) != beside_calls
+
+
 async def test_a_transaction_of_a_process_that_stands_still_is_ended_and_wrote_nothing(
     store: Database, empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
