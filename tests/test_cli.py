@@ -164,6 +164,8 @@ def test_doctor_is_content_with_a_sound_ledger_and_finds_a_planted_fault(tmp_pat
 
     vault_id = trio.run(vault)
     assert run(tmp_path, "doctor", DATABASE_URL=database_url).popen.returncode == 0
+    standby = f"{database_url}&options=-c%20default_transaction_read_only%3Don"
+    assert run(tmp_path, "doctor", DATABASE_URL=standby).popen.returncode == 0, "it only reads"
     trio.run(plant)
     found = run(tmp_path, "doctor", DATABASE_URL=database_url)
     assert found.popen.returncode == 1

@@ -43,6 +43,7 @@ async def test_what_several_tasks_send_goes_out_when_all_of_them_have_had_their_
             assert wire.send_soon(b"said")
             assert wire.sending
             early.extend([arrived(of_one), arrived(of_two)])
+            await trio.lowlevel.checkpoint()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(speak, one)
@@ -129,9 +130,11 @@ async def test_a_wire_that_fails_in_the_middle_does_not_claim_that_nothing_was_t
 
 
 async def test_nothing_is_taken_that_is_long_or_that_nobody_would_send(poller: Poller, kind: Kind) -> None:
-    with wired(poller, kind) as (wire, _):
+    with wired(poller, kind) as (wire, other):
         assert not wire.send_soon(bytes(SOON_BYTES_MAX + 1))
         assert wire.send_soon(bytes(SOON_BYTES_MAX))
+        await wire.finish_sending()
+        assert len(arrived(other)) == SOON_BYTES_MAX
     idle = Poller()
     sock, other = socket_pair(kind)
     with other:
