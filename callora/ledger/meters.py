@@ -85,6 +85,7 @@ class EventMeter:
         position = 0
         if self._after_return and data[:1] == b"\n":
             position = 1  # the second half of a line's end that was counted
+        self._after_return = False
         for match in _LINE_END.finditer(data, position):
             line = self._line + data[position : min(match.start(), position + len(_DATA))]
             position = match.end()
@@ -98,7 +99,6 @@ class EventMeter:
                 if self.quantity == units:
                     return position
         if position < len(data):
-            self._after_return = False
             self._line = (self._line + data[position : position + len(_DATA) + 1])[: len(_DATA) + 1]
         return len(data)
 

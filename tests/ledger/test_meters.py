@@ -1,10 +1,10 @@
 """Meters: what of a stream is counted, however it is cut, and where it stops."""
 
 import re
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from callora.ledger.meters import ByteMeter, EventMeter, is_nearly_used
@@ -40,6 +40,7 @@ def pieces(stream: bytes, cuts: list[int]) -> list[bytes]:
 
 
 @quick
+@example(b"data\r\n\n", [5, 6])  # a line's end cut in two, and its second half alone in a piece
 @given(streams, st.lists(st.integers(0, 500), max_size=8))
 def test_events_are_counted_alike_however_the_stream_is_cut(stream: bytes, cuts: list[int]) -> None:
     meter = EventMeter()
@@ -47,6 +48,17 @@ def test_events_are_counted_alike_however_the_stream_is_cut(stream: bytes, cuts:
         assert meter.take(piece, MANY) == len(piece)
     # A last line's end that may be half of one is counted when it comes, as a reader would.
     assert meter.quantity == naive_events(stream)
+
+
+def test_every_short_stream_is_counted_alike_with_every_two_cuts() -> None:
+    ends = (b"\n", b"\r\n", b"\r")
+    for parts in product([*(b"data" + end for end in ends), *ends], repeat=3):
+        stream = b"".join(parts)
+        for cuts in combinations(range(len(stream)), 2):
+            meter = EventMeter()
+            for piece in pieces(stream, list(cuts)):
+                meter.take(piece, MANY)
+            assert meter.quantity == naive_events(stream), (stream, cuts)
 
 
 @quick
