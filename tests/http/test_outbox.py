@@ -152,8 +152,10 @@ async def test_after_a_push_that_crashed_nothing_more_is_taken(
 
     with wired(poller, kind) as (wire, other):
         poller.outbox.put(crash)
+        assert wire.send_soon(b"of the same turn")
         await trio.lowlevel.checkpoint()
         assert "a bug" in caplog.text
+        assert arrived(other) == b"of the same turn"
         assert not wire.send_soon(b"into the void")
         await wire.send(b"at once")
         assert arrived(other) == b"at once"

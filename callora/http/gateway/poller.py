@@ -109,12 +109,15 @@ class Outbox(trio.abc.Instrument):
         """Send; Trio calls this once a turn, and never again after an exception: from then on all is sent at once."""
         if self._pushes:
             pushes, self._pushes = self._pushes, []
-            try:
-                for push in pushes:
+            crash: Exception | None = None
+            for push in pushes:
+                try:
                     push()
-            except BaseException:
+                except Exception as error:  # raised when the others have been sent, whose callers count on it
+                    crash = error
+            if crash is not None:
                 self.opened = False
-                raise
+                raise crash
 
 
 class Poller:
