@@ -39,7 +39,6 @@ ROLLUP_SPAN: Final = timedelta(days=1)
 """How much one database transaction counts, and how long it may take."""
 REVENUE_SPAN: Final = timedelta(hours=1)
 REASON_MAX: Final = 500
-_UNDEFINED_TABLE: Final = "42P01"
 
 _data_dir = click.option(
     "--data-dir",
@@ -81,7 +80,7 @@ def _run(main: Callable[[], Awaitable[int]]) -> NoReturn:
 def _tellable(error: BaseException) -> bool:
     """Tell whether a line says enough of an error; of what else goes wrong the traceback is wanted."""
     if isinstance(error, StatementRejected):
-        return error.sqlstate == _UNDEFINED_TABLE
+        return error.of_older_schema
     return isinstance(error, CalloraFault | OSError)
 
 

@@ -55,7 +55,6 @@ IDLE_SECONDS: Final = 5.0
 """How often a process looks whether there is a source now, where there was none: nothing is written meanwhile."""
 PROBE_SECONDS_MAX: Final = 1.0
 """How long a probe waits for the database before it tells what was known last."""
-UNDEFINED_TABLE: Final = "42P01"
 
 
 @attrs.frozen
@@ -270,7 +269,7 @@ class Collector:
                 except CalloraFault as fault:
                     asked.reply.fail(fault)
                 except StatementRejected as error:
-                    if error.sqlstate != UNDEFINED_TABLE:
+                    if not error.of_older_schema:
                         raise
                     asked.reply.fail(StoreUnavailable("the schema is an older one"))
 
@@ -285,7 +284,7 @@ class Collector:
             except CalloraFault as fault:
                 self._log.warning("collecting_not_begun", error=str(fault))
             except StatementRejected as error:
-                if error.sqlstate != UNDEFINED_TABLE:
+                if not error.of_older_schema:
                     raise
                 # The schema is an older one, and somebody may be about to migrate: /readyz says so.
                 self._log.warning("collecting_not_begun", error=str(error))

@@ -13,7 +13,6 @@ from structlog.typing import FilteringBoundLogger
 
 from callora.actors.mailbox import Envelope
 from callora.actors.registry import VaultRegistry
-from callora.actors.rollup import UNDEFINED_TABLE
 from callora.ledger.clock import Clock
 from callora.ledger.commands import expire
 from callora.ledger.faults import CalloraFault
@@ -140,7 +139,7 @@ async def repeat(
         except CalloraFault as fault:
             log.warning("job_failed", job=name, error=str(fault))
         except StatementRejected as error:
-            if error.sqlstate != UNDEFINED_TABLE:
+            if not error.of_older_schema:
                 raise
             # The schema is an older one, and somebody may be about to migrate: /readyz says so.
             log.warning("job_failed", job=name, error=str(error))

@@ -44,7 +44,6 @@ PAUSE_PER_WORK: Final = 9
 """A look that takes long is followed by a pause so many times as long: following takes a tenth of a core at most."""
 RETRY_SECONDS: Final = (1.0, 4.0)
 """When those who are sent away at once shall come back: not all at the same time."""
-UNDEFINED_TABLE: Final = "42P01"
 
 Reason = Literal["draining", "lagged", "session_ended", "token_expired", "restarted"]
 """Why a stream ends. Restarted: the feed was left alone for so long that it began anew."""
@@ -319,7 +318,7 @@ class LiveUsage:
                     rechecked = started
                     await self.recheck()
             except StatementRejected as error:
-                if error.sqlstate != UNDEFINED_TABLE:
+                if not error.of_older_schema:
                     raise
                 # The schema is an older one, and somebody may be about to migrate: /readyz says so.
                 self._log.warning("usage_not_followed", error=str(error))

@@ -14,7 +14,6 @@ from callora.store.bridge import Database, StatementRejected
 from callora.store.revenue import SPAN, Indexed
 from callora.store.rollup import EPOCH
 
-UNDEFINED_TABLE: Final = "42P01"
 SPAN_MIN: Final = timedelta(seconds=0.25)
 SPAN_MAX: Final = timedelta(days=1)
 QUICK_SECONDS: Final = 0.02
@@ -70,7 +69,7 @@ class RevenueIndexer:
                     rest = REST_PER_WORK * (trio.current_time() - started) if recent else 0.0
                 await self._show()
             except StatementRejected as error:
-                if error.sqlstate != UNDEFINED_TABLE:
+                if not error.of_older_schema:
                     raise
                 # The schema is an older one, and somebody may be about to migrate: /readyz says so.
                 self._log.warning("revenue_not_indexed", error=str(error))

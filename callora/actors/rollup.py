@@ -12,7 +12,6 @@ from callora.metrics import Metrics
 from callora.store.bridge import Database, StatementRejected
 from callora.store.rollup import EPOCH, MINUTE, SETTLE, SPAN, Pass, advance, as_of
 
-UNDEFINED_TABLE: Final = "42P01"
 PAUSE_PER_WORK: Final = 99
 """A pass that takes long is followed by a pause so many times as long. Calls made during a pass share the database with
 it; so at most one in a hundred is, and what the slowest of a hundred callers sees is not the rollup's doing."""
@@ -56,7 +55,7 @@ class Rollup:
             try:
                 made = await self.make_pass()
             except StatementRejected as error:
-                if error.sqlstate != UNDEFINED_TABLE:
+                if not error.of_older_schema:
                     raise
                 # The schema is an older one, and somebody may be about to migrate: /readyz says so.
                 self._log.warning("rollup_failed", error=str(error))

@@ -15,7 +15,7 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from callora.actors.onchain import Sender
-from callora.actors.revenue import UNDEFINED_TABLE, RevenueIndexer
+from callora.actors.revenue import RevenueIndexer
 from callora.ledger.chain import Applied, ContractFault, Envelope, NotSeen, Simulated, WalletBalances
 from callora.ledger.clock import Clock
 from callora.ledger.faults import CalloraFault, ChainMismatch, ChainUnavailable, StoreRefused
@@ -206,7 +206,7 @@ class Settlements:
         try:
             return await store.take_lease(self._database, self._chain.network, self._holder, LEASE_SECONDS)
         except StatementRejected as error:
-            if error.sqlstate != UNDEFINED_TABLE:
+            if not error.of_older_schema:
                 raise
             # The schema is an older one, and somebody may be about to migrate: /readyz says so.
             self._log.warning("settlement_lease_not_taken", error=str(error))

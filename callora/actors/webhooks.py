@@ -16,7 +16,6 @@ import attrs
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from callora.actors.rollup import UNDEFINED_TABLE
 from callora.ledger.clock import Clock
 from callora.ledger.faults import CalloraFault
 from callora.ledger.ids import Ids
@@ -193,7 +192,7 @@ class Webhooks:
                 try:
                     worked = await self._work(turns)
                 except (CalloraFault, StatementRejected) as fault:
-                    if isinstance(fault, StatementRejected) and fault.sqlstate != UNDEFINED_TABLE:
+                    if isinstance(fault, StatementRejected) and not fault.of_older_schema:
                         raise
                     self._log.warning("webhooks_not_looked_at", error=str(fault))
                     worked = False

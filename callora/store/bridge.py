@@ -61,6 +61,11 @@ class StatementRejected(Exception):
         self.sqlstate = sqlstate
         self.position = position
 
+    @property
+    def of_older_schema(self) -> bool:
+        """Whether a table or a column was missing: ours is there once migrations are applied."""
+        return self.sqlstate in {"42P01", "42703"}
+
 
 # --- from the driver's errors to faults -------------------------------------------------------------------------------
 

@@ -175,8 +175,13 @@ async def test_a_wrong_statement_or_argument_is_a_bug_and_not_a_fault(store: Dat
     with pytest.raises(StatementRejected) as caught:
         await store.fetch("SELECT * FROM nowhere")
     assert (caught.value.sqlstate, caught.value.position) == ("42P01", 15)
-    with pytest.raises(StatementRejected):
+    assert caught.value.of_older_schema
+    with pytest.raises(StatementRejected) as caught:
+        await store.fetch("SELECT newer FROM pg_class")
+    assert caught.value.of_older_schema
+    with pytest.raises(StatementRejected) as caught:
         await store.fetch("SELECT $1::bigint", "not a number")
+    assert not caught.value.of_older_schema
     with pytest.raises(Exception, match="expects 1 argument") as misuse:
         await store.fetch("SELECT $1::bigint")
     assert not isinstance(misuse.value, StoreUnavailable | OutcomeUnknown)
