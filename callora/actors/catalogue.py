@@ -33,7 +33,7 @@ KEYS_MAX: Final = 200_000
 APIS_MAX: Final = 20_000
 TOKENS_MAX: Final = 50_000
 UNKNOWN_MAX: Final = 20_000
-USED_BATCH: Final = 1000
+USED_BATCH: Final = 100
 """Keys whose use one statement notes: no call waits for more of them to be sent, and none of them long for its row."""
 
 Ended = Literal["disabled", "expired", "revoked"]

@@ -19,6 +19,7 @@ from callora.ledger.faults import CalloraFault
 from callora.ledger.ids import EventId
 from callora.ledger.outcomes import HoldClosed
 from callora.metrics import Metrics
+from callora.store.breath import BREATH_SECONDS
 from callora.store.bridge import Database, StatementRejected
 from callora.store.usage import FIRST, OpenHold, open_holds, still_open
 from callora.store.vaults import ROUND_SECONDS_MAX
@@ -88,10 +89,12 @@ class ExpirySweep:
         return ended
 
     async def _look(self, now: datetime) -> None:
-        since = now - LOOK_BACK if self._seen_until is None else self._seen_until - self._overlap
+        since, rest_seconds = now - LOOK_BACK, 0.0
+        if self._seen_until is not None:
+            since, rest_seconds = self._seen_until - self._overlap, BREATH_SECONDS
         after = FIRST
         while True:
-            found = await open_holds(self._database, since, now, BATCH, after)
+            found = await open_holds(self._database, since, now, BATCH, after, rest_seconds)
             self._open.update((hold.event_id, hold) for hold in found)
             if len(found) < BATCH:
                 break

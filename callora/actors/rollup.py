@@ -9,12 +9,12 @@ from structlog.typing import FilteringBoundLogger
 from callora.ledger.clock import Clock
 from callora.ledger.faults import CalloraFault
 from callora.metrics import Metrics
+from callora.store.breath import BREATH_SECONDS
 from callora.store.bridge import Database, StatementRejected
 from callora.store.rollup import EPOCH, MINUTE, SETTLE, SPAN, Pass, advance, as_of
 
 PAUSE_PER_WORK: Final = 99
-"""A pass that takes long is followed by a pause so many times as long. Calls made during a pass share the database with
-it; so at most one in a hundred is, and what the slowest of a hundred callers sees is not the rollup's doing."""
+"""A pass that takes long is followed by a pause so many times as long: calls share the database with it."""
 PAUSE_SECONDS_MAX: Final = 20.0
 """However long a pass took: one that only had to wait must not leave the sums behind for minutes."""
 WHOLE_CALLS_MAX: Final = 20_000
@@ -45,6 +45,7 @@ class Rollup:
         self._span = SPAN
         self._as_of = EPOCH
         self._light = False
+        self._rest_seconds = BREATH_SECONDS
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Make a pass every interval until cancelled; one that fails is made up for by the next."""
@@ -61,6 +62,7 @@ class Rollup:
                 self._log.warning("rollup_failed", error=str(error))
             except CalloraFault as fault:
                 self._span = max(SPAN_MIN, self._span / 2)
+                self._rest_seconds = 0.0  # it may have taken too long
                 self._log.warning("rollup_failed", error=str(fault))
             took = trio.current_time() - started
             behind = made is not None and made.behind
@@ -79,7 +81,10 @@ class Rollup:
 
         Cancellation: the pass is not made.
         """
-        made = await advance(self._database, self._clock.now(), span=self._span, light=self._light)
+        made = await advance(
+            self._database, self._clock.now(), span=self._span, light=self._light, rest_seconds=self._rest_seconds
+        )
+        self._rest_seconds = BREATH_SECONDS
         before, self._as_of = self._as_of, made.as_of if made is not None else await as_of(self._database)
         if made is not None and self._as_of > before > EPOCH:
             rate = made.calls / (self._as_of - before).total_seconds()

@@ -18,6 +18,7 @@ from typing import Final
 
 import attrs
 
+from callora.store.breath import ENTRIES, breathing
 from callora.store.bridge import Connection, Database
 from callora.store.rollup import BY_INDEX, EPOCH, SETTLE, SLOW_MAX, SLOW_SECONDS, has_slow
 
@@ -37,7 +38,7 @@ WITH facts AS (
            u.amount AS captured, 0::bigint AS refunded, u.created_at AS called_at, u.created_at AS at
     FROM usage_events u
     WHERE u.created_at >= $1 AND u.created_at < $2 AND u.state = 'captured' AND u.amount > 0
-        AND ({_UNPAID}) IS NOT TRUE
+        AND ({_UNPAID}) IS NOT TRUE AND {breathing(ENTRIES, rest="$6")}
     UNION ALL
     SELECT r.vault_id, r.event_id, r.seq, u.developer_id, u.api_id, -r.amount, u.amount,
            (SELECT coalesce(sum(b.amount), 0)::bigint FROM ledger_entries b
@@ -151,6 +152,7 @@ async def advance(
     span: timedelta = SPAN,
     newest_max: int | None = None,
     slow_seconds: float = SLOW_SECONDS,
+    rest_seconds: float = 0.0,
     wait: bool = False,
 ) -> Indexed | None:
     """Make one pass; return None where another process is making one.
@@ -159,6 +161,7 @@ async def advance(
         span: how much is indexed at once when the indexer is behind.
         newest_max: where more charges than this are not final yet, they are left until they are; None leaves none.
         slow_seconds: the age of a transaction of ours that keeps what is dated from being final.
+        rest_seconds: how long it rests after each millisecond of work.
         wait: for the other process to end its pass, rather than return.
 
     Raises:
@@ -173,7 +176,7 @@ async def advance(
         if row is None:
             return None
         reached = (row["done_until"], row["as_of"])
-        return await _advance(connection, *reached, row["pass"], now, span, slow_seconds, newest_max)
+        return await _advance(connection, *reached, row["pass"], now, span, slow_seconds, rest_seconds, newest_max)
 
 
 async def _advance(
@@ -184,6 +187,7 @@ async def _advance(
     now: datetime,
     span: timedelta,
     slow_seconds: float,
+    rest_seconds: float,
     newest_max: int | None,
 ) -> Indexed:
     settled = now - SETTLE
@@ -202,7 +206,7 @@ async def _advance(
         until, final, as_of = now + timedelta(hours=1), max(since, settled), now
     if slow and now - final < SLOW_MAX:
         final, behind = done_until, False
-    entries: int = await connection.fetch_value(_INDEX, since, until, final, as_of, number + 1)
+    entries: int = await connection.fetch_value(_INDEX, since, until, final, as_of, number + 1, rest_seconds)
     return Indexed(final, as_of, entries, behind)
 
 

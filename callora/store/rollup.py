@@ -18,6 +18,7 @@ from typing import Final
 import attrs
 
 from callora.ledger.clock import Clock
+from callora.store.breath import EVENTS, SUMS, breathing
 from callora.store.bridge import Connection, Database
 
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -94,6 +95,7 @@ def _added(table: str, key: tuple[str, ...], more: str, measures: tuple[str, ...
     return f"""{table}_moved AS (
     INSERT INTO {table} AS t ({columns})
     SELECT {chosen}, {_sums(measures)} FROM changes {which} GROUP BY {groups}
+    HAVING {breathing(SUMS, rest="$5")}
     ON CONFLICT ({", ".join(key)}) DO UPDATE SET {moved}
 )"""  # noqa: S608 - names of ours
 
@@ -101,15 +103,18 @@ def _added(table: str, key: tuple[str, ...], more: str, measures: tuple[str, ...
 _UNITS: Final = ("hour", "day")
 _DEVELOPER_MEASURES: Final = ("calls", "failed_calls", "amount", "refunded")
 
-_PASS: Final = f"""
-WITH facts AS (
-    SELECT {_EVENT} FROM usage_events u WHERE u.created_at >= $1 AND u.created_at < $2 AND u.state <> 'held'
+_FACTS: Final = f"""(
+    SELECT {_EVENT} FROM usage_events u
+        WHERE u.created_at >= $1 AND u.created_at < $2 AND {breathing(EVENTS, "u.state <> 'held'", rest="$5")}
     UNION ALL
     SELECT {_REFUND} FROM ledger_entries r
         JOIN usage_events u ON u.vault_id = r.vault_id AND u.event_id = r.event_id
         WHERE r.kind = 'refund' AND r.created_at >= $1 AND r.created_at < $2
-), fresh AS (
-    {_grouped("facts")}
+) AS facts"""  # noqa: S608 - names of ours
+
+_PASS: Final = f"""
+WITH fresh AS (
+    {_grouped(_FACTS)}
 ), ended AS (
     DELETE FROM usage_open o USING usage_events u
     WHERE u.vault_id = o.vault_id AND u.event_id = o.event_id AND u.state <> 'held'
@@ -126,7 +131,7 @@ WITH facts AS (
 ), usage_minutes_moved AS (
     INSERT INTO usage_minutes AS t (vault_id, minute, api_key_id, endpoint_id, api_id, developer_id,
                                     {", ".join(_MEASURES)})
-    SELECT * FROM changes ORDER BY minute, vault_id
+    SELECT * FROM (SELECT * FROM changes ORDER BY minute, vault_id OFFSET 0) AS c WHERE {breathing(SUMS, rest="$5")}
     ON CONFLICT (vault_id, minute, api_key_id, endpoint_id)
         DO UPDATE SET {", ".join(f"{each} = t.{each} + excluded.{each}" for each in _MEASURES)}
 ), {_added("key_hours", ("vault_id", "hour", "api_key_id"), "", ("amount",), "WHERE amount <> 0")},
@@ -137,7 +142,8 @@ WITH facts AS (
 {_added("all_days", ("day",), "", _DEVELOPER_MEASURES)},
 opened AS (
     INSERT INTO usage_open (vault_id, event_id)
-    SELECT vault_id, event_id FROM usage_events WHERE created_at >= $1 AND created_at < $3 AND state = 'held'
+    SELECT vault_id, event_id FROM usage_events
+    WHERE created_at >= $1 AND created_at < $3 AND {breathing(EVENTS, "state = 'held'", rest="$5")}
 ), moved AS (
     UPDATE usage_rollup SET done_until = $3, as_of = $4
 )
@@ -151,6 +157,9 @@ SET LOCAL synchronous_commit = off
 """
 """Rows are found by index whatever the statistics say, as in a round. A lost commit of a derived table costs nothing:
 what is durable is always the state after some pass."""
+_HASHED: Final = "SET LOCAL enable_sort = off"
+"""Sums are kept in a table while events are read, and breathe with that; the planner takes them for few, and would sort
+all of them at one go."""
 
 _LOCK: Final = "SELECT done_until, as_of FROM usage_rollup FOR UPDATE SKIP LOCKED"
 _LOCK_WAITING: Final = "SELECT done_until, as_of FROM usage_rollup FOR UPDATE"
@@ -196,6 +205,7 @@ async def advance(
     span: timedelta = SPAN,
     light: bool = False,
     slow_seconds: float = SLOW_SECONDS,
+    rest_seconds: float = 0.0,
     wait: bool = False,
 ) -> Pass | None:
     """Make one pass; return None where another process is making one.
@@ -206,6 +216,7 @@ async def advance(
             than everything that is not final. What a light pass leaves out a later one counts, at the latest the one
             that makes its minute final.
         slow_seconds: the age of a transaction of ours that keeps minutes from becoming final.
+        rest_seconds: how long it rests after each millisecond of work, unless the rollup is behind.
         wait: for the other process to end its pass, rather than return.
 
     Raises:
@@ -216,10 +227,12 @@ async def advance(
     """
     async with database.transaction() as connection:
         await connection.execute(BY_INDEX)
+        await connection.execute(_HASHED)
         row = await connection.fetch_row(_LOCK_WAITING if wait else _LOCK)
         if row is None:
             return None
-        return await _advance(connection, row["done_until"], row["as_of"], now, span, slow_seconds, light=light)
+        reached = (row["done_until"], row["as_of"])
+        return await _advance(connection, *reached, now, span, slow_seconds, rest_seconds, light=light)
 
 
 async def _advance(
@@ -229,6 +242,7 @@ async def _advance(
     now: datetime,
     span: timedelta,
     slow_seconds: float,
+    rest_seconds: float,
     *,
     light: bool,
 ) -> Pass:
@@ -253,7 +267,8 @@ async def _advance(
             until, counted = sealed, max(counted_before, sealed)
         else:
             since = max(since, (now - RECENT).replace(second=0, microsecond=0))
-    calls: int = await connection.fetch_value(_PASS, since, until, sealed, counted)
+    rests = rest_seconds if caught_up else 0.0
+    calls: int = await connection.fetch_value(_PASS, since, until, sealed, counted, rests)
     return Pass(sealed, counted, calls, behind)
 
 

@@ -9,6 +9,7 @@ import attrs
 from callora.ledger.faults import StoreRefused
 from callora.ledger.ids import EventId, VaultId
 from callora.ledger.money import Stroops
+from callora.store.breath import EVENTS, breathing
 from callora.store.bridge import Database, Row, StatementRejected
 
 DUPLICATE_TABLE: Final = "42P07"
@@ -16,11 +17,12 @@ MONTHS_AHEAD: Final = 1
 
 FIRST: Final = EventId("00000000-0000-0000-0000-000000000000")
 
-_OPEN_SINCE: Final = """
+_OPEN_SINCE: Final = f"""
 SELECT vault_id, event_id, held_amount, held_credits, created_at, expires_at FROM usage_events
-WHERE created_at >= $1 AND created_at < $2 AND state = 'held' AND (created_at > $1 OR event_id > $4)
+WHERE created_at >= $1 AND created_at < $2 AND (created_at > $1 OR event_id > $4)
+    AND {breathing(EVENTS, "state = 'held'", rest="$5")}
 ORDER BY created_at, event_id LIMIT $3
-"""
+"""  # noqa: S608 - our own text
 
 _OPEN_OF: Final = """
 SELECT u.vault_id, u.event_id, u.held_amount, u.held_credits, u.created_at, u.expires_at
@@ -66,15 +68,21 @@ def _hold(row: Row) -> OpenHold:
 
 
 async def open_holds(
-    database: Database, since: datetime, until: datetime, limit: int, after: EventId = FIRST
+    database: Database,
+    since: datetime,
+    until: datetime,
+    limit: int,
+    after: EventId = FIRST,
+    rest_seconds: float = 0.0,
 ) -> Sequence[OpenHold]:
     """Return at most `limit` open holds placed in [since, until), oldest first.
 
     Args:
         after: of the holds placed at `since` only those with a greater id: all holds of a round have one date, and may
             be more than `limit`.
+        rest_seconds: how long it rests after each millisecond of work.
     """
-    return [_hold(row) for row in await database.fetch(_OPEN_SINCE, since, until, limit, after)]
+    return [_hold(row) for row in await database.fetch(_OPEN_SINCE, since, until, limit, after, rest_seconds)]
 
 
 async def still_open(database: Database, holds: Sequence[OpenHold]) -> Sequence[OpenHold]:

@@ -1,13 +1,17 @@
 """The rollup's task: it goes on whatever happens, and says how far the sums are."""
 
+from typing import cast
+
 import pytest
 import trio
 
 from callora.actors import rollup as actor
 from callora.actors.rollup import Rollup
+from callora.ledger.faults import StoreUnavailable
 from callora.metrics import Metrics
+from callora.store.breath import BREATH_SECONDS
 from callora.store.bridge import Database, open_database
-from callora.store.rollup import EPOCH
+from callora.store.rollup import EPOCH, Pass
 from tests.simulation.ledgers import TestClock, real_ledger
 from tests.simulation.support import Log
 from tests.store.test_rollup import placed, taken
@@ -69,3 +73,26 @@ async def test_passes_are_light_while_calls_are_many(database: Database, monkeyp
         await taken(ledger, vault_id, late)
         assert await counted() == 1, "light: the minute of a minute ago is not looked at"
         assert await counted() == 1, "one call in 89 seconds is few: everything that is not final is looked at"
+
+
+async def test_after_a_pass_that_failed_one_does_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+    done = trio.Event()
+
+    async def advance(*_: object, rest_seconds: float, **__: object) -> Pass:
+        rests.append(rest_seconds)
+        await trio.lowlevel.checkpoint()
+        if len(rests) == 2:
+            raise StoreUnavailable("it took too long")
+        if len(rests) == 4:
+            done.set()
+        return Pass(TestClock().now(), TestClock().now(), 0, behind=False)
+
+    monkeypatch.setattr(actor, "advance", advance)
+    rollup = Rollup(cast(Database, None), TestClock(), Metrics(), Log().logger(), interval_seconds=0.001)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(rollup.run)
+            await done.wait()
+            nursery.cancel_scope.cancel()
+    assert rests == [BREATH_SECONDS, BREATH_SECONDS, 0.0, BREATH_SECONDS]

@@ -14,7 +14,7 @@ from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, EndpointId, EventId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import BalanceMoved
 from callora.ledger.rounds import CLEAN
-from callora.store import usage
+from callora.store import rollup, usage
 from callora.store.bridge import Database
 from callora.store.migrate import migrate_down, migrate_up
 from callora.store.rollup import EPOCH, Pass, advance, rebuild
@@ -321,6 +321,38 @@ async def test_a_pass_repeated_writes_nothing(ledger: RealLedger) -> None:
     before = await ledger.database.fetch_value(versions)
     assert (await passed(ledger)).calls == 0
     assert await ledger.database.fetch_value(versions) == before
+
+
+async def test_a_pass_that_rests_sees_one_moment_and_counts_the_same(ledger: RealLedger) -> None:
+    vault_id = await ledger.vault(1000)
+    for _ in range(20):
+        await taken(ledger, vault_id, await placed(ledger, vault_id))
+    made: list[Pass | None] = []
+
+    async def rest() -> None:
+        made.append(await advance(ledger.database, ledger.clock.now(), rest_seconds=0.5))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rest)
+        while not made:
+            await taken(ledger, vault_id, await placed(ledger, vault_id))
+    assert made[0] is not None
+    assert 20 <= made[0].calls <= await ledger.count("usage_events")
+    await passed(ledger)
+    await must_agree(ledger.database)
+
+
+async def test_what_a_pass_reads_it_adds_up_as_it_goes(ledger: RealLedger) -> None:
+    """All calls of a minute sorted at one go keep the database from calls; the planner takes them for few."""
+    async with ledger.database.transaction() as connection:
+        await connection.execute(rollup.BY_INDEX)
+        await connection.execute(rollup._HASHED)
+        rows = await connection.fetch(f"EXPLAIN {rollup._PASS}", NOON, NOON + MINUTE, NOON, NOON, 0.0)
+    plan = [row["QUERY PLAN"] for row in rows]
+    assert sum("HashAggregate" in line for line in plan) >= 7
+    sorted_by = [line.strip() for line in plan if "Sort Key" in line]
+    assert len(sorted_by) == 1
+    assert sorted_by[0].startswith("Sort Key: changes"), "only what is written at the end"
 
 
 async def test_a_commit_that_takes_minutes_is_not_left_behind(ledger: RealLedger) -> None:
