@@ -18,7 +18,9 @@ ENTRIES: Final = 150
 def breathing(rows: int, condition: str = "true", *, rest: str) -> str:
     """Return a condition in SQL, with a rest for one in so many rows that it is asked of.
 
-    In one expression: of two, the planner would ask the cheaper one first, and rest only for the rows it leaves.
+    In one expression: of two, the planner would ask the cheaper one first, and rest only for the rows it leaves. Where
+    rows are found by a BRIN index, what it does not know yet is read as well, a minute of them and more, and dropped by
+    the bounds that it was asked for: so those reach beyond what is wanted, and the true bound is in the condition.
 
     Args:
         rest: the parameter that says for how many seconds, a double precision.

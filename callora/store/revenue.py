@@ -18,7 +18,7 @@ from typing import Final
 
 import attrs
 
-from callora.store.breath import ENTRIES, breathing
+from callora.store.breath import ENTRIES, EVENTS, breathing
 from callora.store.bridge import Connection, Database
 from callora.store.rollup import BY_INDEX, EPOCH, SETTLE, SLOW_MAX, SLOW_SECONDS, has_slow
 
@@ -32,13 +32,23 @@ u.outcome = 'metered' AND EXISTS (SELECT FROM vaults o WHERE o.vault_id = u.vaul
 """
 """Whether an event of usage_events `u` may not be paid yet: what was charged before the debt waits with it."""
 
+_OPENED: Final = breathing(
+    EVENTS,
+    f"""u.created_at < $3 AND (u.state = 'held' OR {_UNPAID}
+        AND NOT EXISTS (SELECT FROM revenue_entries e WHERE e.vault_id = u.vault_id AND e.event_id = u.event_id))""",
+    rest="$6",
+)
+
+# $1 to $2 is indexed, $1 to $3 becomes final; $4 what the index is then of; $5 the pass; $6 the rests, $7 what is read
+# at most.
 _INDEX: Final = f"""
 WITH facts AS (
     SELECT u.vault_id, u.event_id, 0::bigint AS refund_seq, u.developer_id, u.api_id, u.amount AS gross,
            u.amount AS captured, 0::bigint AS refunded, u.created_at AS called_at, u.created_at AS at
     FROM usage_events u
-    WHERE u.created_at >= $1 AND u.created_at < $2 AND u.state = 'captured' AND u.amount > 0
-        AND ({_UNPAID}) IS NOT TRUE AND {breathing(ENTRIES, rest="$6")}
+    WHERE u.created_at >= $1 AND u.created_at < $7 AND u.state = 'captured' AND u.amount > 0
+        AND {breathing(EVENTS, f"u.created_at < $2 AND {breathing(ENTRIES, rest='$6')}", rest="$6")}
+        AND ({_UNPAID}) IS NOT TRUE
     UNION ALL
     SELECT r.vault_id, r.event_id, r.seq, u.developer_id, u.api_id, -r.amount, u.amount,
            (SELECT coalesce(sum(b.amount), 0)::bigint FROM ledger_entries b
@@ -79,8 +89,7 @@ WITH facts AS (
 ), opened AS (
     INSERT INTO revenue_open (vault_id, event_id)
     SELECT u.vault_id, u.event_id FROM usage_events u
-    WHERE u.created_at >= $1 AND u.created_at < $3 AND (u.state = 'held' OR {_UNPAID}
-        AND NOT EXISTS (SELECT FROM revenue_entries e WHERE e.vault_id = u.vault_id AND e.event_id = u.event_id))
+    WHERE u.created_at >= $1 AND u.created_at < $7 AND {_OPENED}
     ON CONFLICT DO NOTHING
 ), moved AS (
     UPDATE revenue_index SET done_until = $3, as_of = $4, pass = $5
@@ -204,9 +213,10 @@ async def _advance(
     else:
         # Another process's clock may be ahead: what it dated after `now` is indexed as well.
         until, final, as_of = now + timedelta(hours=1), max(since, settled), now
+    read = until if behind else now + timedelta(days=1)
     if slow and now - final < SLOW_MAX:
         final, behind = done_until, False
-    entries: int = await connection.fetch_value(_INDEX, since, until, final, as_of, number + 1, rest_seconds)
+    entries: int = await connection.fetch_value(_INDEX, since, until, final, as_of, number + 1, rest_seconds, read)
     return Indexed(final, as_of, entries, behind)
 
 

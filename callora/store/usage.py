@@ -11,6 +11,7 @@ from callora.ledger.ids import EventId, VaultId
 from callora.ledger.money import Stroops
 from callora.store.breath import EVENTS, breathing
 from callora.store.bridge import Database, Row, StatementRejected
+from callora.store.rollup import BY_INDEX
 
 DUPLICATE_TABLE: Final = "42P07"
 MONTHS_AHEAD: Final = 1
@@ -82,7 +83,10 @@ async def open_holds(
             be more than `limit`.
         rest_seconds: how long it rests after each millisecond of work.
     """
-    return [_hold(row) for row in await database.fetch(_OPEN_SINCE, since, until, limit, after, rest_seconds)]
+    async with database.transaction() as connection:
+        await connection.execute(BY_INDEX)
+        rows = await connection.fetch(_OPEN_SINCE, since, until, limit, after, rest_seconds)
+    return [_hold(row) for row in rows]
 
 
 async def still_open(database: Database, holds: Sequence[OpenHold]) -> Sequence[OpenHold]:
