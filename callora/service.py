@@ -29,6 +29,7 @@ from callora.actors.breaker import BreakerSettings
 from callora.actors.budgets import Budgets
 from callora.actors.catalogue import Catalogue
 from callora.actors.compensation import Compensator
+from callora.actors.dates import Dates
 from callora.actors.expiry import ExpirySweep, repeat
 from callora.actors.limiter import Limiter
 from callora.actors.registry import VaultRegistry
@@ -84,6 +85,7 @@ PARTITIONS_SECONDS: Final = 2.0
 SUMS_SECONDS: Final = 15.0
 DRIFT_SECONDS: Final = 300.0
 KEY_USE_SECONDS: Final = 60.0
+DATES_SECONDS: Final = 2.0
 MIGRATIONS_SECONDS: Final = 5.0
 RATE_STORE_SECONDS: Final = 2.0
 """How long the start waits to hear whether the store of shared rate limits answers; then it goes on all the same."""
@@ -487,6 +489,7 @@ async def _start_parts(
         interval_seconds=settings.hold_sweep_interval_seconds,
         commit_seconds_max=settings.commit_timeout_seconds,
     )
+    dates = Dates(ledger.database, logs.logger("dates"))
     supervisor = Supervisor(metrics, logs.logger("supervisor"), context.random)
     tasks: tuple[tuple[str, Task], ...] = (
         ("catalogue", catalogue.run),
@@ -496,6 +499,7 @@ async def _start_parts(
         ("upstreams", upstreams.run),
         ("compensation", compensator.run),
         ("budgets", budgets.run),
+        ("dates", partial(repeat, "dates", dates.extend, DATES_SECONDS, logs.logger("dates"))),
         ("expiry", expiry.run),
         ("revenue", ledger.indexer.run),
         ("webhooks", webhooks.run),

@@ -10,16 +10,18 @@ from callora.ledger.clock import Clock
 from callora.ledger.faults import CalloraFault
 from callora.metrics import Metrics
 from callora.store import revenue as store
-from callora.store.breath import BREATH_SECONDS
 from callora.store.bridge import Database, StatementRejected
-from callora.store.revenue import SPAN, Indexed
+from callora.store.revenue import Indexed
 from callora.store.rollup import EPOCH
 
 SPAN_MIN: Final = timedelta(seconds=0.25)
+SPAN_FIRST: Final = timedelta(seconds=1)
 SPAN_MAX: Final = timedelta(days=1)
-QUICK_SECONDS: Final = 1.0
+QUICK_SECONDS: Final = 0.01
 """While the indexer is behind, a pass that took less is followed by one over twice the time, and one that took three
-times as long by one over half of it: what a pass holds, it shall not hold for long."""
+times as long by one over half of it: calls made meanwhile share the database with a pass."""
+REST_PER_WORK: Final = 4
+"""A pass that leaves more to index is followed by a pause so many times as long, while that is recent."""
 RECENT: Final = timedelta(minutes=10)
 NEWEST_MAX: Final = 5_000
 """Where more charges than this are not final yet, they are indexed once they are: looking at them again in each pass
@@ -52,7 +54,7 @@ class RevenueIndexer:
         self._fee_bps = fee_bps
         self._fee_known = False
         self._interval_seconds = interval_seconds
-        self._span = SPAN
+        self._span = SPAN_FIRST
         self._as_of = EPOCH
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -65,7 +67,7 @@ class RevenueIndexer:
                 made = await self.make_pass()
                 if made is not None and made.behind:
                     recent = self._clock.now() - made.done_until < RECENT
-                    rest = trio.current_time() - started if recent else 0.0
+                    rest = REST_PER_WORK * (trio.current_time() - started) if recent else 0.0
                 await self._show()
             except StatementRejected as error:
                 if not error.of_older_schema:
@@ -94,15 +96,8 @@ class RevenueIndexer:
                 self._log.info("platform_fee_set", bps=self._fee_bps)
             self._fee_known = True
         started = trio.current_time()
-        now = self._clock.now()
-        made = await store.advance(
-            self._database,
-            now,
-            span=self._span,
-            newest_max=None if wait else NEWEST_MAX,
-            rest_seconds=BREATH_SECONDS if now - self._as_of < RECENT and not wait else 0.0,
-            wait=wait,
-        )
+        newest_max = None if wait else NEWEST_MAX
+        made = await store.advance(self._database, self._clock.now(), span=self._span, newest_max=newest_max, wait=wait)
         took = trio.current_time() - started
         if made is not None and made.behind and took < QUICK_SECONDS:
             self._span = min(SPAN_MAX, self._span * 2)

@@ -18,7 +18,6 @@ from typing import Final
 
 import attrs
 
-from callora.store.breath import ENTRIES, EVENTS, breathing
 from callora.store.bridge import Connection, Database
 from callora.store.rollup import BY_INDEX, EPOCH, SETTLE, SLOW_MAX, SLOW_SECONDS, has_slow
 
@@ -32,22 +31,12 @@ u.outcome = 'metered' AND EXISTS (SELECT FROM vaults o WHERE o.vault_id = u.vaul
 """
 """Whether an event of usage_events `u` may not be paid yet: what was charged before the debt waits with it."""
 
-_OPENED: Final = breathing(
-    EVENTS,
-    f"""u.created_at < $3 AND (u.state = 'held' OR {_UNPAID}
-        AND NOT EXISTS (SELECT FROM revenue_entries e WHERE e.vault_id = u.vault_id AND e.event_id = u.event_id))""",
-    rest="$6",
-)
-
-# $1 to $2 is indexed, $1 to $3 becomes final; $4 what the index is then of; $5 the pass; $6 the rests, $7 what is read
-# at most.
 _INDEX: Final = f"""
 WITH facts AS (
     SELECT u.vault_id, u.event_id, 0::bigint AS refund_seq, u.developer_id, u.api_id, u.amount AS gross,
            u.amount AS captured, 0::bigint AS refunded, u.created_at AS called_at, u.created_at AS at
     FROM usage_events u
-    WHERE u.created_at >= $1 AND u.created_at < $7 AND u.state = 'captured' AND u.amount > 0
-        AND {breathing(EVENTS, f"u.created_at < $2 AND {breathing(ENTRIES, rest='$6')}", rest="$6")}
+    WHERE u.created_at >= $1 AND u.created_at < $2 AND u.state = 'captured' AND u.amount > 0
         AND ({_UNPAID}) IS NOT TRUE
     UNION ALL
     SELECT r.vault_id, r.event_id, r.seq, u.developer_id, u.api_id, -r.amount, u.amount,
@@ -89,7 +78,8 @@ WITH facts AS (
 ), opened AS (
     INSERT INTO revenue_open (vault_id, event_id)
     SELECT u.vault_id, u.event_id FROM usage_events u
-    WHERE u.created_at >= $1 AND u.created_at < $7 AND {_OPENED}
+    WHERE u.created_at >= $1 AND u.created_at < $3 AND (u.state = 'held' OR {_UNPAID}
+        AND NOT EXISTS (SELECT FROM revenue_entries e WHERE e.vault_id = u.vault_id AND e.event_id = u.event_id))
     ON CONFLICT DO NOTHING
 ), moved AS (
     UPDATE revenue_index SET done_until = $3, as_of = $4, pass = $5
@@ -161,7 +151,6 @@ async def advance(
     span: timedelta = SPAN,
     newest_max: int | None = None,
     slow_seconds: float = SLOW_SECONDS,
-    rest_seconds: float = 0.0,
     wait: bool = False,
 ) -> Indexed | None:
     """Make one pass; return None where another process is making one.
@@ -170,7 +159,6 @@ async def advance(
         span: how much is indexed at once when the indexer is behind.
         newest_max: where more charges than this are not final yet, they are left until they are; None leaves none.
         slow_seconds: the age of a transaction of ours that keeps what is dated from being final.
-        rest_seconds: how long it rests after each millisecond of work.
         wait: for the other process to end its pass, rather than return.
 
     Raises:
@@ -185,7 +173,7 @@ async def advance(
         if row is None:
             return None
         reached = (row["done_until"], row["as_of"])
-        return await _advance(connection, *reached, row["pass"], now, span, slow_seconds, rest_seconds, newest_max)
+        return await _advance(connection, *reached, row["pass"], now, span, slow_seconds, newest_max)
 
 
 async def _advance(
@@ -196,7 +184,6 @@ async def _advance(
     now: datetime,
     span: timedelta,
     slow_seconds: float,
-    rest_seconds: float,
     newest_max: int | None,
 ) -> Indexed:
     settled = now - SETTLE
@@ -213,10 +200,9 @@ async def _advance(
     else:
         # Another process's clock may be ahead: what it dated after `now` is indexed as well.
         until, final, as_of = now + timedelta(hours=1), max(since, settled), now
-    read = until if behind else now + timedelta(days=1)
     if slow and now - final < SLOW_MAX:
         final, behind = done_until, False
-    entries: int = await connection.fetch_value(_INDEX, since, until, final, as_of, number + 1, rest_seconds, read)
+    entries: int = await connection.fetch_value(_INDEX, since, until, final, as_of, number + 1)
     return Indexed(final, as_of, entries, behind)
 
 

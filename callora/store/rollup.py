@@ -105,15 +105,13 @@ _DEVELOPER_MEASURES: Final = ("calls", "failed_calls", "amount", "refunded")
 
 _FACTS: Final = f"""(
     SELECT {_EVENT} FROM usage_events u
-        WHERE u.created_at >= $1 AND u.created_at < $6
-            AND {breathing(EVENTS, "u.created_at < $2 AND u.state <> 'held'", rest="$5")}
+        WHERE u.created_at >= $1 AND u.created_at < $2 AND {breathing(EVENTS, "u.state <> 'held'", rest="$5")}
     UNION ALL
     SELECT {_REFUND} FROM ledger_entries r
         JOIN usage_events u ON u.vault_id = r.vault_id AND u.event_id = r.event_id
         WHERE r.kind = 'refund' AND r.created_at >= $1 AND r.created_at < $2
 ) AS facts"""  # noqa: S608 - names of ours
 
-# $1 to $2 is counted, $1 to $3 becomes final; $4 what the sums are then of; $5 the rests, $6 what is read at most.
 _PASS: Final = f"""
 WITH fresh AS (
     {_grouped(_FACTS)}
@@ -145,8 +143,7 @@ WITH fresh AS (
 opened AS (
     INSERT INTO usage_open (vault_id, event_id)
     SELECT vault_id, event_id FROM usage_events
-    WHERE created_at >= $1 AND created_at < $6
-        AND {breathing(EVENTS, "created_at < $3 AND state = 'held'", rest="$5")}
+    WHERE created_at >= $1 AND created_at < $3 AND {breathing(EVENTS, "state = 'held'", rest="$5")}
 ), moved AS (
     UPDATE usage_rollup SET done_until = $3, as_of = $4
 )
@@ -270,8 +267,8 @@ async def _advance(
             until, counted = sealed, max(counted_before, sealed)
         else:
             since = max(since, (now - RECENT).replace(second=0, microsecond=0))
-    rests, read = (rest_seconds, now + timedelta(days=1)) if caught_up else (0.0, until)
-    calls: int = await connection.fetch_value(_PASS, since, until, sealed, counted, rests, read)
+    rests = rest_seconds if caught_up else 0.0
+    calls: int = await connection.fetch_value(_PASS, since, until, sealed, counted, rests)
     return Pass(sealed, counted, calls, behind)
 
 

@@ -16,6 +16,10 @@ from callora.store.rollup import BY_INDEX
 DUPLICATE_TABLE: Final = "42P07"
 MONTHS_AHEAD: Final = 1
 
+RANGE_BLOCKS: Final = 32
+"""How many blocks are one entry of the index of dates, as its migration says."""
+WAIT_MS: Final = 10
+
 FIRST: Final = EventId("00000000-0000-0000-0000-000000000000")
 
 _OPEN_SINCE: Final = f"""
@@ -31,6 +35,16 @@ FROM unnest($1::uuid[], $2::uuid[]) AS w (vault_id, event_id)
 JOIN usage_events u ON u.vault_id = w.vault_id AND u.event_id = w.event_id
 WHERE u.state = 'held'
 """
+
+_BLOCKS: Final = """
+SELECT i.indexrelid::bigint AS index, pg_relation_size(i.indrelid) / current_setting('block_size')::int AS blocks
+FROM pg_inherits p JOIN pg_index i ON i.indexrelid = p.inhrelid
+WHERE p.inhparent = 'usage_events_created'::regclass
+"""
+_EXTEND: Final = f"""
+SELECT coalesce(sum(brin_summarize_range($1::oid::regclass, block)), 0)
+FROM generate_series($2::bigint, $3::bigint - 1, {RANGE_BLOCKS}) AS block
+"""  # noqa: S608 - our own text
 
 _PARTITION_EXISTS: Final = "SELECT to_regclass($1) IS NOT NULL"
 
@@ -93,6 +107,33 @@ async def still_open(database: Database, holds: Sequence[OpenHold]) -> Sequence[
     """Return those of these holds that are still open, as they stand."""
     rows = await database.fetch(_OPEN_OF, [hold.vault_id for hold in holds], [hold.event_id for hold in holds])
     return [_hold(row) for row in rows]
+
+
+async def extend_dates(database: Database, reached: dict[int, int]) -> int:
+    """Tell the index of dates of the events that were placed since the last time; return how many ranges those filled.
+
+    What that BRIN index does not know, each look for a date reads as a whole; PostgreSQL itself tells it once a minute,
+    which on a busy service is a few hundred thousand events.
+
+    Args:
+        reached: by index, up to which block it was told; kept by the caller, empty at first.
+
+    Raises:
+        StoreConflict: a vacuum is under way, which does the same at its end, or another process is doing it.
+        StatementRejected: with the state 42501, where the service does not own its tables.
+        StoreUnavailable: as `Database.transaction`.
+    """
+    first, ranges = not reached, 0
+    for row in await database.fetch(_BLOCKS):
+        # The last of them are being filled: told of those, it would have to be told again of every event.
+        full = max(0, row["blocks"] // RANGE_BLOCKS - 1) * RANGE_BLOCKS
+        since = reached.setdefault(row["index"], full if first else 0)
+        if since < full:
+            async with database.transaction() as connection:
+                await connection.execute(f"SET LOCAL lock_timeout = {WAIT_MS}")
+                ranges += await connection.fetch_value(_EXTEND, row["index"], since, full)
+            reached[row["index"]] = full
+    return ranges
 
 
 async def ensure_partitions(database: Database, now: datetime) -> list[str]:

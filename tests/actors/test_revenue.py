@@ -32,7 +32,8 @@ async def test_many_charges_wait_until_they_are_final_or_somebody_settles(
                 await taken(ledger, vault_id, await placed(ledger, vault_id))
 
         async def indexed() -> int:
-            await indexer.make_pass()
+            while (made := await indexer.make_pass()) is not None and made.behind:
+                pass
             return await ledger.count("revenue_entries")
 
         await charged(2)

@@ -347,7 +347,7 @@ async def test_what_a_pass_reads_it_adds_up_as_it_goes(ledger: RealLedger) -> No
     async with ledger.database.transaction() as connection:
         await connection.execute(rollup.BY_INDEX)
         await connection.execute(rollup._HASHED)
-        rows = await connection.fetch(f"EXPLAIN {rollup._PASS}", NOON, NOON + MINUTE, NOON, NOON, 0.0, NOON)
+        rows = await connection.fetch(f"EXPLAIN {rollup._PASS}", NOON, NOON + MINUTE, NOON, NOON, 0.0)
     plan = [row["QUERY PLAN"] for row in rows]
     assert sum("HashAggregate" in line for line in plan) >= 7
     sorted_by = [line.strip() for line in plan if "Sort Key" in line]
