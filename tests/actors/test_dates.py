@@ -1,5 +1,7 @@
 """The index of dates: told of what is new, at no cost to a vacuum, and of nothing where that is not allowed."""
 
+import secrets
+from collections.abc import AsyncIterator
 from urllib.parse import quote
 
 import pytest
@@ -81,19 +83,24 @@ async def test_while_a_vacuum_is_at_it_nothing_is_told_and_all_of_it_later(quiet
     assert log.events == []
 
 
-async def test_a_service_that_does_not_own_its_tables_says_so_once(quiet: Database, database_url: str) -> None:
-    await quiet.execute("CREATE ROLE callora_guest")
-    try:
-        await quiet.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO callora_guest")
-        joint = "&" if "?" in database_url else "?"
-        log = Log()
-        async with open_database(f"{database_url}{joint}options={quote('-c role=callora_guest')}") as guest:
-            assert await guest.fetch_value("SELECT current_user") == "callora_guest"
-            dates = Dates(guest, log.logger())
+@pytest.fixture
+async def guest_url(quiet: Database, database_url: str) -> AsyncIterator[str]:
+    """The DSN of a role that may read and write every table, and owns none."""
+    name = f"callora_guest_{secrets.token_hex(4)}"  # roles belong to the server, which tests share
+    await quiet.execute(f"CREATE ROLE {name}")
+    await quiet.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {name}")
+    joint = "&" if "?" in database_url else "?"
+    yield f"{database_url}{joint}options={quote(f'-c role={name}')}"
+    await quiet.execute(f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {name}")
+    await quiet.execute(f"DROP ROLE {name}")
+
+
+async def test_a_service_that_does_not_own_its_tables_says_so_once(quiet: Database, guest_url: str) -> None:
+    log = Log()
+    async with open_database(guest_url) as guest:
+        dates = Dates(guest, log.logger())
+        await dates.extend()
+        for _ in range(3):
+            await filled(quiet, 1)
             await dates.extend()
-            for _ in range(3):
-                await filled(quiet, 1)
-                await dates.extend()
-        assert log.events == ["dates_not_extended"]
-    finally:
-        await quiet.execute("REVOKE ALL ON ALL TABLES IN SCHEMA public FROM callora_guest; DROP ROLE callora_guest")
+    assert log.events == ["dates_not_extended"]
