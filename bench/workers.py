@@ -41,7 +41,8 @@ async def run_workers(stack: Stack, plan: Plan, progress: Progress) -> WorkerFig
             2: Lane("d", "two workers", two.target, two.child, two),
         }
         for lane in lanes.values():
-            lane.child.freeze()
+            async with lane.awake(stack.postgres):
+                pass  # stopped where they stand, they might have had a transaction open
         with stack.unpinned():
             for repetition in range(plan.repetitions):
                 for count, lane in lanes.items():

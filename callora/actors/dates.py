@@ -9,6 +9,7 @@ from callora.store.bridge import Database, StatementRejected
 from callora.store.usage import extend_dates
 
 NOT_OWNED: Final = "42501"
+STANDBY: Final = "55000"
 
 
 class Dates:
@@ -33,6 +34,8 @@ class Dates:
         except StoreConflict:
             return  # a vacuum, or another process, is at it
         except StatementRejected as error:
+            if error.sqlstate == STANDBY:
+                return  # this connection leads to a server that writes nothing; the rounds say so
             if error.sqlstate != NOT_OWNED:
                 raise
             self._allowed = False

@@ -2,13 +2,16 @@
 
 import secrets
 from collections.abc import AsyncIterator
+from typing import cast
 from urllib.parse import quote
 
 import pytest
+import trio
 
+from callora.actors import dates as actor
 from callora.actors.dates import Dates
 from callora.ledger.faults import StoreConflict
-from callora.store.bridge import Database, open_database
+from callora.store.bridge import Database, StatementRejected, open_database
 from callora.store.usage import RANGE_BLOCKS, extend_dates
 from tests.simulation.support import Log
 
@@ -104,3 +107,23 @@ async def test_a_service_that_does_not_own_its_tables_says_so_once(quiet: Databa
             await filled(quiet, 1)
             await dates.extend()
     assert log.events == ["dates_not_extended"]
+
+
+@pytest.mark.parametrize(("sqlstate", "goes_on"), [("55000", True), ("42883", False)])
+async def test_a_standby_is_waited_for_and_a_wrong_statement_is_a_bug(
+    monkeypatch: pytest.MonkeyPatch, sqlstate: str, goes_on: bool
+) -> None:
+    async def refused(*_: object) -> int:
+        await trio.lowlevel.checkpoint()
+        raise StatementRejected("recovery is in progress", sqlstate=sqlstate, position=None)
+
+    monkeypatch.setattr(actor, "extend_dates", refused)
+    log = Log()
+    dates = Dates(cast(Database, None), log.logger())
+    for _ in range(2):
+        if goes_on:
+            await dates.extend()
+        else:
+            with pytest.raises(StatementRejected):
+                await dates.extend()
+    assert log.events == []
