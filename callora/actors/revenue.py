@@ -20,6 +20,9 @@ SPAN_MAX: Final = timedelta(days=1)
 QUICK_SECONDS: Final = 0.01
 """While the indexer is behind, a pass that took less is followed by one over twice the time, and one that took three
 times as long by one over half of it: calls made meanwhile share the database with a pass."""
+FEW_ENTRIES: Final = 500
+"""A pass that found fewer was as quick as one can be, whatever it took: a distant database must not keep it at a second
+of calls at a time, where a year of few calls waits."""
 REST_PER_WORK: Final = 4
 """A pass that leaves more to index is followed by a pause so many times as long, while that is recent."""
 RECENT: Final = timedelta(minutes=10)
@@ -99,10 +102,12 @@ class RevenueIndexer:
         newest_max = None if wait else NEWEST_MAX
         made = await store.advance(self._database, self._clock.now(), span=self._span, newest_max=newest_max, wait=wait)
         took = trio.current_time() - started
-        if made is not None and made.behind and took < QUICK_SECONDS:
-            self._span = min(SPAN_MAX, self._span * 2)
-        elif took > 3 * QUICK_SECONDS:
-            self._span = max(SPAN_MIN, self._span / 2)
+        if made is not None:
+            few = made.entries < FEW_ENTRIES
+            if made.behind and (few or took < QUICK_SECONDS):
+                self._span = min(SPAN_MAX, self._span * 2)
+            elif took > 3 * QUICK_SECONDS and not few:
+                self._span = max(SPAN_MIN, self._span / 2)
         self._as_of = made.as_of if made is not None else await store.as_of(self._database)
         return made
 
