@@ -122,6 +122,8 @@ async def extend_dates(database: Database, reached: dict[int, int]) -> int:
         StoreConflict: a vacuum is under way, which does the same at its end, or another process is doing it.
         StatementRejected: with the state 42501, where the service does not own its tables.
         StoreUnavailable: as `Database.transaction`.
+
+    Cancellation: what was not told is told the next time.
     """
     first, ranges = not reached, 0
     for row in await database.fetch(_BLOCKS):
