@@ -22,7 +22,7 @@ from bench.stack import Gateway, GatewayLane, LedgerCheck, Stack
 DIRECT: Final = "a"
 _WAKE_SECONDS: Final = 0.5
 """After a process was stopped it trusts none of its caches until it has asked the database once, every 0.3 s."""
-_FREEZE_SECONDS: Final = 90
+_FREEZE_SECONDS: Final = 20
 _REST_SECONDS: Final = 0.02
 HOT_CONNECTIONS: Final = 64
 """Where lane (d1) is measured, and where the ratios are taken."""

@@ -10,6 +10,7 @@ from callora.store.usage import extend_dates
 
 NOT_OWNED: Final = "42501"
 STANDBY: Final = "55000"
+"""SQLSTATEs: who does not own a table may not tell its index anything, and a server in recovery tells none."""
 
 
 class Dates:

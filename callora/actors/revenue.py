@@ -16,6 +16,7 @@ from callora.store.rollup import EPOCH
 
 SPAN_MIN: Final = timedelta(seconds=0.25)
 SPAN_FIRST: Final = timedelta(seconds=1)
+"""How much the first pass indexes at most: after a restart it may be the busiest second there is."""
 SPAN_MAX: Final = timedelta(days=1)
 QUICK_SECONDS: Final = 0.01
 """While the indexer is behind, a pass that took less is followed by one over twice the time, and one that took three

@@ -19,6 +19,7 @@ MONTHS_AHEAD: Final = 1
 RANGE_BLOCKS: Final = 32
 """How many blocks are one entry of the index of dates, as its migration says."""
 WAIT_MS: Final = 10
+"""How long to wait for a lock that a vacuum may hold for minutes: one that is waited for for a second is cancelled."""
 
 FIRST: Final = EventId("00000000-0000-0000-0000-000000000000")
 

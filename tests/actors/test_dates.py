@@ -60,7 +60,8 @@ async def test_what_was_placed_since_the_last_time_is_known_but_for_what_is_bein
 
 
 async def test_two_processes_tell_it_once(quiet: Database) -> None:
-    one, other = {}, {}  # type: dict[int, int], dict[int, int]
+    one: dict[int, int] = {}
+    other: dict[int, int] = {}
     for reached in (one, other):
         await extend_dates(quiet, reached)
     await filled(quiet, 3)

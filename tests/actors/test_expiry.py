@@ -3,11 +3,13 @@
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import cast
 
 import attrs
 import pytest
 import trio
 
+from callora.actors import expiry
 from callora.actors.expiry import ExpirySweep
 from callora.actors.registry import VaultRegistry
 from callora.ledger.commands import CloseHold, ExtendHold, PlaceHold, capture
@@ -15,7 +17,9 @@ from callora.ledger.faults import StoreUnavailable
 from callora.ledger.ids import EventId, Ids, VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import HoldClosed, HoldNotOpen
+from callora.store.breath import BREATH_SECONDS
 from callora.store.bridge import Database, open_database
+from callora.store.usage import OpenHold
 from callora.store.vaults import LINE_SETTINGS, VaultStore
 from tests.simulation.ledgers import RealLedger, TestClock, real_ledger
 from tests.simulation.support import CHARGED, DELIVERED, METRICS, QUIET, running
@@ -109,6 +113,23 @@ async def test_a_process_that_starts_finds_the_holds_of_one_that_crashed(ledger:
     async with sweeping(database_url, ledger.clock) as process:
         assert await process.sweep.sweep() == 2
     assert [await state_of(ledger, each) for each in events] == ["expired"] * 2
+
+
+async def test_the_first_sweep_hurries_and_later_ones_rest(
+    ledger: RealLedger, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+
+    async def looked(*args: object) -> list[OpenHold]:
+        rests.append(cast(float, args[-1]))
+        await trio.lowlevel.checkpoint()
+        return []
+
+    monkeypatch.setattr(expiry, "open_holds", looked)
+    async with sweeping(database_url, ledger.clock) as process:
+        for _ in range(3):
+            await process.sweep.sweep()
+    assert rests == [0.0, BREATH_SECONDS, BREATH_SECONDS]
 
 
 async def test_an_extension_is_seen_before_its_hold_is_ended(ledger: RealLedger, database_url: str) -> None:
