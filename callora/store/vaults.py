@@ -65,6 +65,7 @@ from callora.store.counters import rate
 from callora.store.outbox import Event, add_events, iso
 from callora.store.purses import COLUMNS, purse_of, setting, values_of
 from callora.store.quotas import grant, renew
+from callora.store.reads.dated import BY_VAULT
 from callora.store.reads.quotas import terms
 from callora.store.reads.spending import spending_limits
 
@@ -477,6 +478,7 @@ class VaultStore:
     ) -> SpendingLimits | None:
         """Read the rules of a vault into its state; its quota is renewed, with the vault locked, where that is due."""
         now = self._clock.now()
+        await connection.execute(BY_VAULT)
         found = await terms(connection, state.vault_id, now, wanted=credited)
         if found is not None and found.due:
             if not locked:

@@ -27,6 +27,7 @@ from callora.ledger.rounds import CLEAN
 from callora.ledger.spending import LENGTHS, PERIODS, Period
 from callora.store import usage
 from callora.store.bridge import Database, open_database
+from callora.store.reads.calls import least_id
 from callora.store.reads.spending import account
 from callora.store.rollup import advance, rebuild
 from callora.store.spending import remove_limit, set_limit
@@ -37,6 +38,8 @@ from tests.simulation.support import CHARGED, DELIVERED, METRICS, QUIET
 MINUTE: Final = timedelta(minutes=1)
 KEY: Final = CHARGED.api_key_id
 OTHER_KEY: Final = ApiKeyId("00000000-0000-7000-8000-00000000001a")
+ID_AGES: Final = (0.0, 0.0, 0.0, 5.0, -5.0, 15.0, -15.0, 3_600.0, 5_000_000.0)
+"""Seconds: an id may be made long before its event, and by a clock that is ahead."""
 
 
 @attrs.define
@@ -52,9 +55,16 @@ class Spenders:
         """Return the present instant."""
         return self.ledger.clock.now()
 
-    async def place(self, amount: int, key: ApiKeyId = KEY, ttl_seconds: int = 86_400) -> EventId:
-        """Place a hold, as a round of an unlimited vault does."""
-        event_id = self.ledger.event()
+    async def place(
+        self, amount: int, key: ApiKeyId = KEY, ttl_seconds: int = 86_400, id_age_seconds: float = 0.0
+    ) -> EventId:
+        """Place a hold, as a round of an unlimited vault does.
+
+        Args:
+            id_age_seconds: how long ago its id was made.
+        """
+        made = least_id(self.now() - timedelta(seconds=id_age_seconds))
+        event_id = EventId(made[:14] + self.ledger.event()[14:])
         hold = PlaceHold(event_id, Stroops(amount), ttl_seconds, attrs.evolve(CHARGED, api_key_id=key))
         await self._store(hold)
         self.placed[event_id] = key, self.now()
@@ -132,7 +142,9 @@ async def test_what_was_spent_is_what_the_events_say_whatever_the_rollup_has_cou
     for _ in range(60):
         ledger.clock.advance(random.choice(steps))
         await usage.ensure_partitions(ledger.database, at.now())
-        event_id = await at.place(random.randint(0, 100), random.choice((KEY, OTHER_KEY)))
+        event_id = await at.place(
+            random.randint(0, 100), random.choice((KEY, OTHER_KEY)), id_age_seconds=random.choice(ID_AGES)
+        )
         open_holds.append(event_id)
         if random.random() < 0.7:
             ledger.clock.advance(random.choice((0.1, 30.0, 300.0)))
@@ -173,7 +185,7 @@ async def test_wherever_a_period_begins_and_the_sums_end_minutes_hours_and_days_
         at_random = timedelta(minutes=random.randrange(60), microseconds=random.randrange(60_000_000))
         ledger.clock.at = edge + random.choice((timedelta(microseconds=-1), timedelta(), MINUTE, at_random))
         amount = Stroops(random.randint(1, 100))
-        event_id = await at.place(amount, random.choice((KEY, OTHER_KEY)))
+        event_id = await at.place(amount, random.choice((KEY, OTHER_KEY)), id_age_seconds=random.choice(ID_AGES))
         await at.close(capture(event_id, amount, amount, DELIVERED))
     last = at.now()
     behind = True

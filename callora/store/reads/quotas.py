@@ -9,6 +9,7 @@ import attrs
 from callora.ledger.ids import ApiKeyId, VaultId
 from callora.ledger.quota import GrantLine, KeyCap, Overage, Quota, month_of, settle
 from callora.store.bridge import Connection, Database
+from callora.store.reads.dated import EVENT_OF, dated_events
 
 _TERMS: Final = """
 SELECT v.credits, v.plan_id, p.monthly_credits, p.overage,
@@ -17,40 +18,41 @@ SELECT v.credits, v.plan_id, p.monthly_credits, p.overage,
            SELECT FROM quota_grants g
            WHERE g.vault_id = v.vault_id AND g.source = 'plan' AND g.lapsed_at IS NULL) AS due,
        (SELECT coalesce(sum(g.amount), 0)::bigint FROM quota_grants g
-        WHERE g.vault_id = v.vault_id AND g.lapsed_at IS NULL) AS granted
+        WHERE g.vault_id = v.vault_id AND g.lapsed_at IS NULL) AS granted,
+       EXISTS (SELECT FROM quota_grants g WHERE g.vault_id = v.vault_id) AS ever_granted,
+       ARRAY(SELECT (k.api_key_id, k.monthly_credit_cap) FROM api_keys k
+             WHERE k.vault_id = v.vault_id AND k.monthly_credit_cap IS NOT NULL) AS caps
 FROM vaults v JOIN plans p ON p.plan_id = v.plan_id WHERE v.vault_id = $1
-"""
-
-_CAPS: Final = """
-SELECT api_key_id, monthly_credit_cap FROM api_keys WHERE vault_id = $1 AND monthly_credit_cap IS NOT NULL
 """
 
 # A month begins with a day and a minute, so sums of whole days and minutes are exact, and what is not final yet is read
 # from the events. `spending` says how the parts meet.
-_BURNT: Final = """
+BURNT: Final = f"""
+WITH recent AS MATERIALIZED (
+    SELECT u.* FROM usage_rollup r, LATERAL {
+    dated_events("api_key_id, created_at, state, held_credits, credits", "greatest($3, r.done_until)")
+} AS u
+)
 SELECT k.api_key_id,
        (coalesce((SELECT sum(s.credits) FROM usage_days s
                   WHERE s.vault_id = $1 AND s.api_key_id = k.api_key_id AND s.day >= $3 AND s.day < r.last_day), 0)
         + coalesce((SELECT sum(s.credits) FROM usage_minutes s
                     WHERE s.vault_id = $1 AND s.api_key_id = k.api_key_id AND s.minute >= greatest($3, r.last_day)
                           AND s.minute < r.done_until), 0)
-        + coalesce((SELECT sum(u.credits) FROM (
-              SELECT vault_id, api_key_id, CASE state WHEN 'held' THEN held_credits ELSE credits END AS credits
-              FROM usage_events WHERE created_at >= greatest($3, r.done_until) OFFSET 0) AS u
-                    WHERE u.vault_id = $1 AND u.api_key_id = k.api_key_id), 0)
+        + coalesce((SELECT sum(CASE u.state WHEN 'held' THEN u.held_credits ELSE u.credits END) FROM recent u
+                    WHERE u.api_key_id = k.api_key_id), 0)
         + coalesce((SELECT sum(CASE u.state WHEN 'held' THEN u.held_credits ELSE u.credits END)
-                    FROM usage_open o JOIN usage_events u ON u.vault_id = o.vault_id AND u.event_id = o.event_id
-                    WHERE o.vault_id = $1 AND u.api_key_id = k.api_key_id AND u.created_at >= $3), 0))::bigint AS burnt
+                    FROM (SELECT event_id FROM usage_open WHERE vault_id = $1 OFFSET 0) AS o,
+                         LATERAL {EVENT_OF.format("o")} AS u
+                    WHERE u.api_key_id = k.api_key_id AND u.created_at >= $3), 0))::bigint AS burnt
 FROM unnest($2::uuid[]) AS k (api_key_id),
      (SELECT done_until, date_trunc('day', done_until, 'UTC') AS last_day FROM usage_rollup) AS r
-"""
+"""  # noqa: S608 - names of ours
 
 _LIVE: Final = """
 SELECT grant_id, source, amount, remaining, created_at, expires_at FROM quota_grants
 WHERE vault_id = $1 AND lapsed_at IS NULL ORDER BY expires_at, created_at, grant_id
 """
-
-_HAS_ANY: Final = "SELECT EXISTS (SELECT FROM quota_grants WHERE vault_id = $1)"
 
 
 @attrs.frozen
@@ -66,23 +68,20 @@ async def terms(connection: Connection, vault_id: VaultId, now: datetime, *, wan
     """Return a vault's quota, or None where it has no grants and none are wanted.
 
     Args:
-        connection: inside a transaction.
+        connection: inside a transaction that goes `BY_VAULT`.
         wanted: whether something priced in credits is to be decided.
 
     Raises:
         StoreUnavailable: nothing was read.
     """
-    if not wanted and not await connection.fetch_value(_HAS_ANY, vault_id):
-        return None
     row = await connection.fetch_row(_TERMS, vault_id, now)
     assert row is not None, "the caller has read it"
+    if not (wanted or row["ever_granted"]):
+        return None
     start, following = month_of(now)
-    caps = {
-        ApiKeyId(str(each["api_key_id"])): KeyCap(each["monthly_credit_cap"], 0)
-        for each in await connection.fetch(_CAPS, vault_id)
-    }
+    caps = {ApiKeyId(str(api_key_id)): KeyCap(cap, 0) for api_key_id, cap in row["caps"]}
     if caps:
-        for each in await connection.fetch(_BURNT, vault_id, list(caps), start):
+        for each in await connection.fetch(BURNT, vault_id, list(caps), start):
             caps[ApiKeyId(str(each["api_key_id"]))].used = each["burnt"]
     quota = Quota(row["granted"], row["monthly_credits"], row["overage"], following, caps, now, row["until"])
     return Terms(quota, row["credits"], row["due"])

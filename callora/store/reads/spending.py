@@ -13,7 +13,6 @@ A rebuild of the sums takes minutes out and moves `done_until` back with them, s
 more is read from the events.
 """
 
-from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Final
 
@@ -22,15 +21,18 @@ import attrs
 from callora.ledger.ids import ApiKeyId, VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.spending import LENGTHS, PERIODS, Period, Spending, SpendingLimits, in_order
-from callora.store.bridge import Connection, Row
+from callora.store.bridge import Connection
 from callora.store.bridge import Database as Database  # HTTP names what it passes on
+from callora.store.reads.dated import BY_VAULT, EVENT_OF, dated_events
+
+_COSTS: Final = "CASE u.state WHEN 'held' THEN u.held_amount ELSE coalesce(u.amount, 0) END"
 
 # `first_minute` is the first that counts whole: for the day the one after that of its start, for longer periods that.
 # From there come minutes until `since_hour`, hours until `since_day`, days until `until_day`, hours until `until_hour`,
 # and minutes until `done`. Where there is no whole day, or no whole hour, its bounds are where the smaller parts meet.
-# Events are found by the BRIN index on their date; OFFSET 0 keeps the planner from walking through all of the vault's.
-_PARTS: Final = """
-WITH edges AS MATERIALIZED (
+# Periods that nothing wants are not looked at. Of single events those that are in every period are summed at once.
+_PARTS: Final = f"""
+edges AS MATERIALIZED (
     SELECT p.period, p.start, r.done_until AS done, m.first_minute, h.since_hour, h.until_hour,
            CASE WHEN d.first < d.last THEN d.first ELSE h.since_hour END AS since_day,
            CASE WHEN d.first < d.last THEN d.last ELSE h.since_hour END AS until_day
@@ -46,33 +48,30 @@ WITH edges AS MATERIALIZED (
          LATERAL (SELECT date_trunc('day', m.first_minute + interval '24 hours' - interval '1 microsecond', 'UTC')
                              AS first,
                          date_trunc('day', r.done_until, 'UTC') AS last) AS d
+    WHERE p.period IN (SELECT period FROM wanted)
+), span AS MATERIALIZED (
+    SELECT min(start) AS start, greatest(max(done), min(start)) AS since, max(start) AS last_start FROM edges
 ), singly AS MATERIALIZED (
-    SELECT u.api_key_id, u.created_at, u.amount
-    FROM (SELECT vault_id, api_key_id, created_at,
-                 CASE state WHEN 'held' THEN held_amount ELSE coalesce(amount, 0) END AS amount
-          FROM usage_events
-          WHERE created_at >= (SELECT max(done) FROM edges) AND created_at > (SELECT min(start) FROM edges)
-          OFFSET 0) AS u
-    WHERE u.vault_id = $1
-    UNION ALL
-    SELECT u.api_key_id, u.created_at, CASE u.state WHEN 'held' THEN u.held_amount ELSE coalesce(u.amount, 0) END
-    FROM usage_open o JOIN usage_events u ON u.vault_id = o.vault_id AND u.event_id = o.event_id
-    WHERE o.vault_id = $1
-    UNION ALL
-    SELECT u.api_key_id, u.created_at, -r.amount
-    FROM ledger_entries r JOIN usage_events u ON u.vault_id = r.vault_id AND u.event_id = r.event_id
-    WHERE r.vault_id = $1 AND r.kind = 'refund' AND r.created_at > (SELECT min(start) FROM edges)
+    SELECT api_key_id, CASE WHEN created_at > (SELECT last_start FROM span) THEN 'infinity' ELSE created_at END AS at,
+           sum(amount) AS amount
+    FROM (SELECT u.api_key_id, u.created_at, {_COSTS} AS amount
+          FROM {dated_events("api_key_id, created_at, state, held_amount, amount", "(SELECT since FROM span)")} AS u
+          UNION ALL
+          SELECT u.api_key_id, u.created_at, {_COSTS}
+          FROM (SELECT event_id FROM usage_open WHERE vault_id = $1 OFFSET 0) AS o, LATERAL {EVENT_OF.format("o")} AS u
+          UNION ALL
+          SELECT u.api_key_id, u.created_at, -r.amount
+          FROM (SELECT event_id, amount FROM ledger_entries
+                WHERE vault_id = $1 AND kind = 'refund' AND created_at > (SELECT start FROM span) OFFSET 0) AS r,
+               LATERAL {EVENT_OF.format("r")} AS u) AS parts
+    GROUP BY 1, 2
 ), first_minutes AS MATERIALIZED (
     SELECT e.period, u.api_key_id, u.amount
     FROM edges e,
-         LATERAL (SELECT vault_id, event_id, api_key_id, amount FROM usage_events
-                  WHERE created_at > e.start AND created_at < e.first_minute AND created_at < e.done
-                        AND state = 'captured'
-                  OFFSET 0) AS u
-    WHERE e.period = 'day' AND u.vault_id = $1
+         LATERAL {dated_events("event_id, api_key_id, created_at, state, amount", "e.start", "e.first_minute")} AS u
+    WHERE e.period = 'day' AND u.created_at > e.start AND u.created_at < e.done AND u.state = 'captured'
           AND NOT EXISTS (SELECT FROM usage_open o WHERE o.vault_id = $1 AND o.event_id = u.event_id)
-)
-"""
+)"""  # noqa: S608 - names of ours
 
 _FINAL: Final = (
     ("usage_minutes", "minute", "first_minute", "since_hour"),
@@ -97,28 +96,39 @@ def _spent(days: str, whose: str, of_event: str) -> str:
         for table, column, since, until in ((days, "day", "since_day", "until_day"), *_FINAL)
     ] + [
         f"coalesce((SELECT sum(u.amount) FROM {events} u WHERE {which} {of_event}), 0)"  # noqa: S608 - our own text
-        for events, which in (("singly", "u.created_at > e.start"), ("first_minutes", "u.period = e.period"))
+        for events, which in (("singly", "u.at > e.start"), ("first_minutes", "u.period = e.period"))
     ]
-    return f"({' + '.join(parts)})::bigint AS spent"
+    return f"({' + '.join(parts)})::bigint"
 
 
-_OF_KEY: Final = "s.vault_id = $1 AND s.api_key_id = k.api_key_id"
+_OF_KEY: Final = "s.vault_id = $1 AND s.api_key_id = w.api_key_id"
 
-_SPENT_BY_KEYS: Final = f"""{_PARTS}
-SELECT k.api_key_id, e.period, {_spent("usage_days", _OF_KEY, "AND u.api_key_id = k.api_key_id")}
-FROM unnest($4::uuid[]) AS k (api_key_id), edges e
+
+def _counted(wanted: str, limit: str) -> str:
+    """Return the statement that counts what was spent.
+
+    Args:
+        wanted: the rows (api_key_id, NULL for the whole vault; period) that are asked for.
+        limit: the limit of a row `w` of these.
+    """
+    return f"""
+WITH wanted AS MATERIALIZED ({wanted}), {_PARTS}
+SELECT w.api_key_id, w.period, {limit} AS amount,
+       CASE WHEN w.api_key_id IS NULL THEN {_spent("vault_days", "s.vault_id = $1", "")}
+            ELSE {_spent("usage_days", _OF_KEY, "AND u.api_key_id = w.api_key_id")} END AS spent
+FROM wanted w JOIN edges e ON e.period = w.period
 """  # noqa: S608 - our own text
 
-_SPENT_BY_VAULT: Final = f"""{_PARTS}
-SELECT NULL::uuid AS api_key_id, e.period, {_spent("vault_days", "s.vault_id = $1", "")}
-FROM edges e
-"""  # noqa: S608 - our own text
 
-_LIMITS: Final = "SELECT api_key_id, period, amount FROM spending_limits WHERE vault_id = $1"
+LIMITS: Final = _counted(
+    "SELECT api_key_id, period, amount FROM spending_limits WHERE vault_id = $1",
+    "w.amount",
+)
 
-# A plan for these periods and no others, and none that reads a whole partition.
-_PLANNED: Final = (
-    "SELECT set_config('enable_seqscan', 'off', true), set_config('plan_cache_mode', 'force_custom_plan', true)"
+ACCOUNT: Final = _counted(
+    "SELECT $4::uuid AS api_key_id, p AS period FROM unnest($2::text[]) AS p",
+    """(SELECT l.amount FROM spending_limits l
+        WHERE l.vault_id = $1 AND l.api_key_id IS NOT DISTINCT FROM w.api_key_id AND l.period = w.period)""",
 )
 
 
@@ -140,24 +150,17 @@ async def spending_limits(connection: Connection, vault_id: VaultId, now: dateti
     """Return the limits of a vault and its keys with what was spent, or None where there are none.
 
     Args:
-        connection: inside a transaction.
+        connection: inside a transaction that goes `BY_VAULT`.
 
     Raises:
         StoreUnavailable: nothing was read.
     """
-    rows = await connection.fetch(_LIMITS, vault_id)
-    if not rows:
-        return None
-    await connection.fetch_row(_PLANNED)
-    periods = [period for period in PERIODS if any(row["period"] == period for row in rows)]
-    keys = [ApiKeyId(key) for key in sorted({str(row["api_key_id"]) for row in rows if row["api_key_id"] is not None})]
-    spent = await spent_in(
-        connection, vault_id, now, periods, keys, vault=any(row["api_key_id"] is None for row in rows)
-    )
     found: dict[ApiKeyId | None, list[Spending]] = {}
-    for row in rows:
+    for row in await connection.fetch(LIMITS, vault_id, PERIODS, _starts(now)):
         whose = None if row["api_key_id"] is None else ApiKeyId(str(row["api_key_id"]))
-        found.setdefault(whose, []).append(Spending(row["period"], Stroops(row["amount"]), spent[whose, row["period"]]))
+        found.setdefault(whose, []).append(Spending(row["period"], Stroops(row["amount"]), Stroops(row["spent"])))
+    if not found:
+        return None
     return SpendingLimits(
         in_order(found.pop(None, [])), {key: in_order(each) for key, each in found.items() if key is not None}, now
     )
@@ -175,42 +178,18 @@ async def account(
         StoreUnavailable: nothing was read.
     """
     async with database.transaction() as connection:
-        await connection.fetch_row(_PLANNED)
-        rows = await connection.fetch(_LIMITS, vault_id)
-        limits = {
-            row["period"]: Stroops(row["amount"])
-            for row in rows
-            if api_key_id == (None if row["api_key_id"] is None else str(row["api_key_id"]))
-        }
-        keys = [] if api_key_id is None else [api_key_id]
-        spent = await spent_in(connection, vault_id, now, PERIODS, keys, vault=api_key_id is None)
-    return tuple(Account(period, limits.get(period), spent[api_key_id, period]) for period in PERIODS)
+        await connection.execute(BY_VAULT)
+        rows = await connection.fetch(ACCOUNT, vault_id, PERIODS, _starts(now), api_key_id)
+    found = {row["period"]: row for row in rows}
+    return tuple(
+        Account(
+            period,
+            None if found[period]["amount"] is None else Stroops(found[period]["amount"]),
+            Stroops(found[period]["spent"]),
+        )
+        for period in PERIODS
+    )
 
 
-async def spent_in(
-    connection: Connection | Database,
-    vault_id: VaultId,
-    now: datetime,
-    periods: Sequence[Period],
-    keys: Sequence[ApiKeyId],
-    *,
-    vault: bool,
-) -> Mapping[tuple[ApiKeyId | None, Period], Stroops]:
-    """Return what was spent in each of some periods that end now, by each of some keys and, under None, by the vault.
-
-    Args:
-        vault: whether the whole vault is counted too.
-
-    Raises:
-        StoreUnavailable: nothing was read.
-    """
-    starts = [now - LENGTHS[period] for period in periods]
-    rows: list[Row] = []
-    if keys:
-        rows += await connection.fetch(_SPENT_BY_KEYS, vault_id, periods, starts, keys)
-    if vault:
-        rows += await connection.fetch(_SPENT_BY_VAULT, vault_id, periods, starts)
-    return {
-        (None if row["api_key_id"] is None else ApiKeyId(str(row["api_key_id"])), row["period"]): Stroops(row["spent"])
-        for row in rows
-    }
+def _starts(now: datetime) -> list[datetime]:
+    return [now - LENGTHS[period] for period in PERIODS]

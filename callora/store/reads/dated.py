@@ -1,0 +1,47 @@
+"""Usage events of one vault by their date, whatever other vaults call meanwhile.
+
+The index of dates is everybody's: by it, one vault's last minutes are found among all that was called in them. By the
+primary key they are found alone, where their ids were made when they were stored; what strayed further from its id than
+that, such as a charge that was tried again for an hour, is found by an index of its own. No event is in both parts, and
+none in neither.
+"""
+
+from typing import Final
+
+from callora.store.reads.calls import least_id_sql
+
+_SLACK: Final = "interval '11 seconds'"
+"""A little more than what `has_strayed` lets pass, so that what is rounded here and there never falls between."""
+
+BY_VAULT: Final = """
+SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_hashjoin = off;
+SET LOCAL enable_mergejoin = off; SET LOCAL jit = off; SET LOCAL plan_cache_mode = force_generic_plan
+"""
+"""One plan for all, which has no other way than the keys: bitmaps off leave the index of dates out."""
+
+EVENT_OF: Final = "(SELECT * FROM usage_events WHERE vault_id = $1 AND event_id = {}.event_id OFFSET 0)"
+"""One event of the vault, by its key: OFFSET 0 keeps the planner from beginning with all of the vault's."""
+
+
+def dated_events(columns: str, since: str, until: str | None = None) -> str:
+    """Return the subquery of a vault's events placed in [since, until).
+
+    Args:
+        columns: of usage_events, separated by commas.
+        since: an instant in SQL, of this millennium; asked for several times.
+        until: the same, or None for everything after.
+    """
+    least = least_id_sql(f"({since} - {_SLACK})")
+    beyond = f"event_id < {least}"
+    near, within = f"event_id >= {least}", f"created_at >= {since}"
+    if until is not None:
+        most = least_id_sql(f"({until} + {_SLACK})")
+        beyond = f"({beyond} OR event_id >= {most})"
+        near += f" AND event_id < {most}"
+        within += f" AND created_at < {until}"
+    return f"""(
+        SELECT {columns} FROM usage_events WHERE vault_id = $1 AND {near} AND {within}
+        UNION ALL
+        SELECT {columns} FROM usage_events
+        WHERE vault_id = $1 AND {within} AND has_strayed(event_id, created_at) AND {beyond}
+    )"""  # noqa: S608 - names of ours

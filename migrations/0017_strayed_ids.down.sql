@@ -1,0 +1,2 @@
+DROP INDEX usage_events_strayed;
+DROP FUNCTION has_strayed(uuid, timestamptz);
