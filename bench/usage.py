@@ -29,7 +29,6 @@ from bench.usage_seed import (
     vault_id,
 )
 from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, EventId, VaultId
-from callora.ledger.spending import PERIODS
 from callora.service import SystemClock
 from callora.store.bridge import Connection, Database, Row, open_database
 from callora.store.reads import calls, settlements, spending
@@ -101,6 +100,9 @@ class _Explaining:
         self.buffers += sum(int(part.partition("=")[2]) for part in top.split() if part.startswith(("hit=", "read=")))
         return await self._connection.fetch(sql, *args)
 
+    async def execute(self, sql: str) -> str:
+        return await self._connection.execute(sql)
+
     async def fetch_row(self, sql: str, *args: object) -> Row | None:
         rows = await self.fetch(sql, *args)
         return rows[0] if rows else None
@@ -161,14 +163,14 @@ def _pages(now: datetime) -> dict[str, Page]:
             database, attrs.evolve(mine, since=end - 30 * _DAY), 10
         ),
         "developer: revenue": lambda database: settlements.revenue_of(database, "testnet", mine.developer_id),
-        "large: spent by a key, four periods": lambda database: spending.spent_in(
-            database, large[0], now, PERIODS, [key], vault=False
+        "large: spent by a key, four periods": lambda database: spending.counted(
+            cast(Connection, database), large[0], key, now
         ),
-        "large: spent by all keys, four periods": lambda database: spending.spent_in(
-            database, large[0], now, PERIODS, [], vault=True
+        "large: spent by all keys, four periods": lambda database: spending.counted(
+            cast(Connection, database), large[0], None, now
         ),
-        "small: spent by all keys, four periods": lambda database: spending.spent_in(
-            database, small[0], now, PERIODS, [], vault=True
+        "small: spent by all keys, four periods": lambda database: spending.counted(
+            cast(Connection, database), small[0], None, now
         ),
         "operator: everyone, 90 days": lambda database: reads.all_days(database, today - DAYS * _DAY),
         "operator: top users, 30 days": lambda database: reads.top_users(database, today - 30 * _DAY, 20),

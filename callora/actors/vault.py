@@ -52,6 +52,7 @@ class VaultActor:
         "_followers",
         "_hand",
         "_inbox",
+        "_known",
         "_outbox",
         "_placing",
         "_random",
@@ -90,6 +91,7 @@ class VaultActor:
         self.depth = 0
         self.idle_sweeps = 0
         self.state = state
+        self._known: VaultState | None = None  # what was known of a guarded vault whose state is forgotten
         self._stakes: deque[Stake] = deque()
         self._hand: deque[Envelope] = deque()
         self._doubted: deque[Envelope] = deque()
@@ -185,7 +187,7 @@ class VaultActor:
 
         Stakes already with the writer stay theirs to answer.
         """
-        self.state = None
+        self.state = self._known = None
         waiting = [*self._take_waiting(), *self._again]
         self._again.clear()
         for envelope in waiting:
@@ -215,14 +217,16 @@ class VaultActor:
     def stored(self, stake: Stake, present: VaultState | None, missed: frozenset[EventId]) -> None:
         """Answer a stake that is durable."""
         self._end(stake)
+        share = stake.share
         if present is not None:
             # Who is answered is told the balance as it is, not as it was thought to be.
             drift = present.available - stake.envelopes[-1].available
             for envelope in stake.envelopes:
                 envelope.available = Stroops(envelope.available + drift)
-            if self.state is not None:
+            if share.guarded:
+                self._forget()  # what others did counts for the rules as well
+            elif self.state is not None:
                 self._resume_from(present)
-        share = stake.share
         if missed and (
             any(hold.event_id in missed for hold in share.holds)
             or any(close.event_id in missed for close in share.closes)
@@ -304,14 +308,14 @@ class VaultActor:
                 await self._look_up(envelope, command)
             elif envelope.losses >= LOSSES_BEFORE_LOCK:
                 await self._store_locked(envelope, command)
-            elif self.state is None and not await self._load():
+            elif self.state is None and not await self._load(refusing=False):
                 return
             elif not self._decide(envelope, command, final=False):
                 # Its release, should it come now, waits for what becomes of it.
                 self._placing.add(command.event_id)
                 self._doubted.append(envelope)
             self._hand.popleft()
-        while self._doubted and await self._load():
+        while self._doubted and await self._load(refusing=True):
             for _ in range(len(self._doubted)):
                 envelope = self._doubted[0]
                 assert isinstance(envelope.command, PlaceHold)
@@ -321,18 +325,23 @@ class VaultActor:
                 else:
                     self._doubted.rotate(-1)
 
-    async def _load(self) -> bool:
-        """Read the vault's state once every decision is stored; answer all who wait for it when that cannot be done."""
+    async def _load(self, *, refusing: bool) -> bool:
+        """Read the vault's state once every decision is stored; answer all who wait for it when that cannot be done.
+
+        Args:
+            refusing: whether it is to be refused upon, and not only to be allowed upon what it allows.
+        """
         await self._settle()
         try:
             found = (await self._store.load_vaults([self.vault_id])).get(self.vault_id)
             credited = any(_is_credited(each.command) for each in (*self._hand, *self._doubted))
             if found is not None and (found.limited or credited):
-                found = await self._store.load_guarded(found, self.state, credited=credited)
+                known = self.state if refusing else self.state or self._known
+                found = await self._store.load_guarded(found, known, credited=credited, refusing=refusing)
         except CalloraFault as fault:
             await self._refuse_for_now(fault)
             return False
-        self.state = found
+        self.state, self._known = found, None
         if self.state is None:
             for envelope in self._take_waiting():
                 if isinstance(envelope.command, PlaceHold):
@@ -371,7 +380,7 @@ class VaultActor:
                 self._repeat(self._forget_placing(command))
                 envelope.reply.resolve(IdempotencyKeyTaken())
                 return True
-            if command.unit_credits and state.quota is None:
+            if command.unit_credits and (state.quota is None or state.quota.unsure(command, state.credits)):
                 return False
             decided = decide_hold(state, command)
             if not isinstance(decided, PlaceHold):
@@ -427,8 +436,9 @@ class VaultActor:
             await self._pause()
             return
         present = states.get(self.vault_id)
-        # One that is limited is of no use without what its limits count.
-        self.state = present if present is not None and not present.limited else None
+        self._forget()
+        if present is not None and not present.limited:  # one that is, is of no use without what its limits count
+            self.state = present
         if event is not None and event.state == "held" and command.state != "expired":
             envelope.look_up = False
             self._again.append(envelope)
@@ -441,7 +451,7 @@ class VaultActor:
     async def _store_locked(self, envelope: Envelope, command: RoundCommand) -> None:
         """Store one command that keeps losing, decided while the vault's row is locked."""
         await self._settle()
-        self.state = None
+        self._forget()
         refusals: list[Refusal] = []
 
         def decide(state: VaultState) -> Share:
@@ -481,7 +491,7 @@ class VaultActor:
     async def _carry_out(self, envelope: Envelope, command: LockedCommand) -> None:
         """Carry out a rare command alone, when everything decided before it is stored."""
         await self._settle()
-        self.state = None
+        self._forget()
         try:
             outcome = await _past_conflicts(lambda: self._store.commit_locked(self.vault_id, command))
         except CalloraFault as fault:
@@ -496,9 +506,15 @@ class VaultActor:
 
     # Small things.
 
+    def _forget(self) -> None:
+        """Let the state be read anew; what was read of a guarded vault's rules may still serve."""
+        if self.state is not None:
+            self._known = self.state if self.state.guarded else None
+            self.state = None
+
     def _void_decided(self) -> None:
         """Forget a state that has not come to be, and what is decided on top of it and not sent yet."""
-        self.state = None
+        self._forget()
         for stake in self._stakes:
             stake.share.void()
 

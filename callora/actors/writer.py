@@ -32,13 +32,17 @@ class LedgerStore(Protocol):
         """Return the stored state of each vault that exists."""
         ...
 
-    async def load_guarded(self, state: VaultState, known: VaultState | None, *, credited: bool) -> VaultState:
+    async def load_guarded(
+        self, state: VaultState, known: VaultState | None, *, credited: bool, refusing: bool
+    ) -> VaultState:
         """Return a vault that is limited with its rules and what they count, its quota renewed where that is due.
 
         Args:
             state: the vault, read a moment ago.
-            known: the vault as its actor knew it, whose every decision is stored.
+            known: the vault as its actor knew it last, of whose decisions none is on its way. Where `refusing`, all
+                of them are stored.
             credited: whether something priced in credits is to be decided: then its quota is known.
+            refusing: whether something will be refused by what is returned; else more than was spent may be counted.
         """
         ...
 

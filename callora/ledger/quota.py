@@ -27,6 +27,8 @@ class KeyCap:
     """Credits, >= 0."""
     used: int
     """Credits burnt and held in the month; never too few."""
+    counted: int = attrs.Factory(lambda self: self.used, takes_self=True)
+    """The same when it was read, whatever was decided since."""
 
 
 @attrs.define(slots=True)
@@ -45,8 +47,11 @@ class Quota:
     read_at: datetime
     until: datetime | None = None
     """When a grant ends or the month does; None where nothing of it ends."""
+    placed: int = 0
+    """Credits that had ever been set aside for the vault before this was read."""
     exact: bool = True
-    """False once a hold has ended that was placed before this was read: whose it was is not known here."""
+    """False where a key may have burnt less: once a hold has ended that was placed before this was read, as whose it
+    was is not known here; and where it was carried on."""
     _open: dict[EventId, ApiKeyId] = attrs.field(factory=dict)
 
     def decide(self, command: PlaceHold, left: int) -> PlaceHold | PolicyRefused:
@@ -62,6 +67,32 @@ class Quota:
             command,
             amount=Stroops(command.amount // command.units * (command.units - covered)),
             credits=covered * command.unit_credits,
+        )
+
+    def unsure(self, command: PlaceHold, left: int) -> bool:
+        """Tell whether the quota, read anew, might pay more of a hold than `decide` would let it pay."""
+        return not self.exact and command.units > self.covered(
+            command.charged.api_key_id, command.units, command.unit_credits, left
+        )
+
+    def carried(self, placed: int) -> "Quota":
+        """Return the quota as it is when others may have burnt as well: no key has burnt more.
+
+        Args:
+            placed: credits that were ever set aside for the vault, by whomever and for whichever key.
+        """
+        since = placed - self.placed
+        caps = {api_key_id: KeyCap(each.cap, each.counted + since) for api_key_id, each in self.caps.items()}
+        return Quota(
+            self.granted,
+            self.monthly,
+            self.overage,
+            self.resets_at,
+            caps,
+            self.read_at,
+            self.until,
+            placed,
+            exact=not caps,
         )
 
     def covered(self, api_key_id: ApiKeyId, units: int, unit_credits: int, left: int) -> int:

@@ -26,7 +26,8 @@ class Share:
     decided_version: int
     """The version this share was decided on, shares before it counted."""
     guarded: bool
-    """True: the stored version must be exactly the decided one. False: the balance guard alone decides."""
+    """True: where it has holds, the stored version must be exactly the decided one. False: the balance guard alone
+    decides."""
     need: int = 0
     """stroops that must be available before the round: what its holds set aside."""
     holds: list[PlaceHold] = attrs.field(factory=list)
@@ -35,7 +36,7 @@ class Share:
     held_change: int = 0
 
     def void(self) -> None:
-        """Let a guarded share lose: what it was decided on has not come to be.
+        """Let a guarded share with holds lose: what they were decided on has not come to be.
 
         Its version alone would not tell: another process's round may have made the one that was to be ours.
         """

@@ -37,6 +37,8 @@ class Spending:
     """stroops, > 0."""
     spent: Stroops
     """stroops; never less than what was spent and is held in the period."""
+    counted: Stroops = attrs.Factory(lambda self: self.spent, takes_self=True)
+    """The same when it was read, whatever was decided since."""
 
     @property
     def remaining(self) -> Stroops:
@@ -56,8 +58,11 @@ class SpendingLimits:
     """In the order of PERIODS, like those of a key."""
     keys: Mapping[ApiKeyId, tuple[Spending, ...]]
     read_at: datetime
+    placed: int
+    """Stroops that had ever been set aside for the vault before this was read."""
     exact: bool = True
-    """False once a hold has ended that was placed before this was read: what came back of it is not known here."""
+    """False where it may be too much: once a hold has ended that was placed before this was read, as what came back of
+    it is not known here; and where it was carried on."""
     _open: dict[EventId, ApiKeyId] = attrs.field(factory=dict)
 
     def refuse(self, command: PlaceHold) -> PolicyRefused | None:
@@ -87,6 +92,20 @@ class SpendingLimits:
             self._count(api_key_id, Stroops(command.amount - command.held_amount))
         elif command.amount < command.held_amount:
             self.exact = False
+
+    def carried(self, placed: int) -> "SpendingLimits":
+        """Return the limits as they are when others may have spent as well: never less than what was spent.
+
+        Args:
+            placed: stroops that were ever set aside for the vault, by whomever and for whichever key.
+        """
+        since = placed - self.placed
+
+        def on(found: tuple[Spending, ...]) -> tuple[Spending, ...]:
+            return tuple([Spending(each.period, each.limit, Stroops(each.counted + since)) for each in found])
+
+        keys = {api_key_id: on(found) for api_key_id, found in self.keys.items()}
+        return SpendingLimits(on(self.vault), keys, self.read_at, placed, exact=False)
 
     def _count(self, api_key_id: ApiKeyId, amount: Stroops) -> None:
         for spending in (*self.vault, *self.keys.get(api_key_id, ())):

@@ -41,6 +41,12 @@ class VaultState:
     """Left of its quota grants and not held, >= 0; right where `quota` is known."""
     quota: Quota | None = None
     """None until something is asked for that is priced in credits, or a grant is stored."""
+    rules: int = 0
+    """Of a limited vault, which of its rules were read: another number once anything but holds and closes changed
+    it."""
+    placed: int = 0
+    placed_credits: int = 0
+    """Stroops and credits that were ever set aside while it was limited, when it was read."""
 
     @property
     def posted(self) -> Stroops:
@@ -49,15 +55,16 @@ class VaultState:
 
     @property
     def guarded(self) -> bool:
-        """Whether its round must find the very version that was decided on."""
+        """Whether a round with holds must find the very version that was decided on."""
         return bool(self.policies) or self.quota is not None
 
 
 class HoldPolicy(Protocol):
     """A rule beside the balance that joins the decision on a hold, such as spending limits.
 
-    A vault with any policy is guarded: its round demands that the stored version is the one decided on, so a policy may
-    rely on what it read with that version. It is read with the vault, and forgotten with it.
+    A vault with any policy is guarded: a round with a hold demands that the stored version is the one decided on, so a
+    policy may rely on what it read with that version. It is read with the vault, or carried on from what was read
+    before, where nothing but holds and closes changed the vault.
     """
 
     def refuse(self, command: PlaceHold) -> PolicyRefused | None:
@@ -70,6 +77,15 @@ class HoldPolicy(Protocol):
 
     def close(self, command: CloseHold) -> None:
         """Count the end of a hold, which is stored."""
+        ...
+
+    def carried(self, placed: int) -> "HoldPolicy":
+        """Return the policy for a state read later: never less strict than one read with it.
+
+        Args:
+            placed: stroops that were ever set aside for the vault when that state was read, by whomever and whatever
+                came back.
+        """
         ...
 
 

@@ -213,21 +213,26 @@ _UNLESS_TAKEN: Final = """
                OR h.event_id IN (SELECT event_id FROM claimed))"""
 
 _CHANGED_BY_CLOSED: Final = (
-    "SELECT vault_id, held_amount - amount AS available, -held_amount AS held{credits} FROM closed"
+    "SELECT vault_id, held_amount - amount AS available, -held_amount AS held, 0 AS placed{credits} FROM closed"
 )
 
-_CHANGED_BY_PLACED: Final = "SELECT vault_id, -held_amount AS available, held_amount AS held{credits} FROM placed"
+_CHANGED_BY_PLACED: Final = (
+    "SELECT vault_id, -held_amount AS available, held_amount AS held, held_amount AS placed{credits} FROM placed"
+)
 
 _MOVED: Final = """, moved AS (
     UPDATE vaults v
-    SET available = v.available + c.available, held = v.held + c.held, version = v.version + 1{credits_set}
-    FROM (SELECT vault_id, sum(available)::bigint AS available, sum(held)::bigint AS held{credits_sum}
+    SET available = v.available + c.available, held = v.held + c.held, version = v.version + 1{guarded_set}{credits_set}
+    FROM (SELECT vault_id, sum(available)::bigint AS available, sum(held)::bigint AS held{guarded_sum}{credits_sum}
           FROM ({changes}) AS rows GROUP BY vault_id) AS c
     WHERE v.vault_id = ANY (ARRAY[c.vault_id])
 )
 SELECT won, vault_id, available, held, version, standing::text AS standing, NULL::uuid AS missed
 FROM locked
 WHERE NOT won OR version <> decided"""
+
+_CREDITS_SET: Final = ", credits = v.credits + c.credits, placed_credits = v.placed_credits + c.placed_credits"
+_CREDITS_SUM: Final = ", sum(credits)::bigint AS credits, sum(placed_credits)::bigint AS placed_credits"
 
 _MISSED: Final = """
 UNION ALL
@@ -247,17 +252,19 @@ class RoundStatement:
     """The columns that it takes, in the order of their numbers."""
 
     @classmethod
-    def of(cls, *, closes: bool, holds: bool, keyed: bool, alone: bool, rated: bool) -> "RoundStatement":
+    def of(cls, *, closes: bool, holds: bool, keyed: bool, alone: bool, rated: bool, guarded: bool) -> "RoundStatement":
         """Return the statement; a round has closes, holds or both, perhaps idempotency keys, and one vault or more.
 
         Args:
             rated: whether anything in it has credits or a quantity.
+            guarded: whether any of its vaults is.
         """
         text = _LOCKED_ALONE if alone else _LOCKED
         changes: list[str] = []
         if closes:
             text += _CLOSED.format_map(_RATED_CLOSED if rated else dict.fromkeys(_RATED_CLOSED, ""))
-            changes.append(_CHANGED_BY_CLOSED.format(credits=", credits_back AS credits" if rated else ""))
+            credits_back = ", credits_back AS credits, 0 AS placed_credits" if rated else ""
+            changes.append(_CHANGED_BY_CLOSED.format(credits=credits_back))
         if keyed and holds:
             text += _CLAIMED
         if keyed and closes:
@@ -265,11 +272,14 @@ class RoundStatement:
         if holds:
             rating = _RATED_PLACED if rated else dict.fromkeys(_RATED_PLACED, "")
             text += _PLACED.format(unless_taken=_UNLESS_TAKEN if keyed else "", **rating)
-            changes.append(_CHANGED_BY_PLACED.format(credits=", -held_credits AS credits" if rated else ""))
+            credits_held = ", -held_credits AS credits, held_credits AS placed_credits" if rated else ""
+            changes.append(_CHANGED_BY_PLACED.format(credits=credits_held))
         text += _MOVED.format(
             changes=" UNION ALL ".join(changes),
-            credits_set=", credits = v.credits + c.credits" if rated else "",
-            credits_sum=", sum(credits)::bigint AS credits" if rated else "",
+            guarded_set=", rounds = v.rounds + 1, placed = v.placed + c.placed" if guarded else "",
+            guarded_sum=", sum(placed)::bigint AS placed" if guarded else "",
+            credits_set=_CREDITS_SET if rated else "",
+            credits_sum=_CREDITS_SUM if rated else "",
         )
         if closes:
             text += _MISSED.format(events="@close_events", done="closed")
@@ -284,22 +294,25 @@ class RoundStatement:
         return cls(_PARAMETER.sub(numbered, text), parameters)
 
 
-STATEMENTS: Final[Mapping[tuple[bool, bool, bool, bool, bool], RoundStatement]] = {
-    (closes, holds, keyed, alone, rated): RoundStatement.of(
-        closes=closes, holds=holds, keyed=keyed, alone=alone, rated=rated
+STATEMENTS: Final[Mapping[tuple[bool, bool, bool, bool, bool, bool], RoundStatement]] = {
+    (closes, holds, keyed, alone, rated, guarded): RoundStatement.of(
+        closes=closes, holds=holds, keyed=keyed, alone=alone, rated=rated, guarded=guarded
     )
-    for closes, holds, keyed, alone, rated in itertools.product((False, True), repeat=5)
+    for closes, holds, keyed, alone, rated, guarded in itertools.product((False, True), repeat=6)
     if closes or holds
 }
-"""By what a round contains: closes, holds, idempotency keys; whether it is of one vault; credits or quantities."""
+"""By what a round contains: closes, holds, idempotency keys; whether it is of one vault; credits or quantities; vaults
+that are guarded."""
 
-_LOAD: Final = """
-SELECT vault_id, available, held, version, standing::text AS standing, owed, limited FROM vaults
+_GUARDING: Final = "limited, rounds, placed, placed_credits, credits"
+
+_LOAD: Final = f"""
+SELECT vault_id, available, held, version, standing::text AS standing, owed, {_GUARDING} FROM vaults
 WHERE vault_id = ANY ($1::uuid[])
-"""
+"""  # noqa: S608 - names of ours
 
 _LOCK: Final = f"""
-SELECT vault_id, user_id, network, held, version, entry_seq, limited, {COLUMNS} FROM vaults
+SELECT vault_id, user_id, network, held, version, entry_seq, {_GUARDING}, {COLUMNS} FROM vaults
 WHERE vault_id = $1 FOR UPDATE
 """  # noqa: S608 - names of ours
 
@@ -332,7 +345,9 @@ WITH extended AS (
     WHERE vault_id = $1 AND event_id = $2 AND state = 'held'
     RETURNING held_amount, held_credits
 ), moved AS (
-    UPDATE vaults SET available = available - $3, held = held + $3, credits = credits - $5, version = version + 1
+    UPDATE vaults
+    SET available = available - $3, held = held + $3, credits = credits - $5, version = version + 1,
+        rounds = rounds + 1, placed = placed + $3, placed_credits = placed_credits + $5
     WHERE vault_id = $1 AND EXISTS (SELECT FROM extended)
 )
 SELECT held_amount, held_credits FROM extended
@@ -382,8 +397,15 @@ def _state(row: Row) -> VaultState:
         Stroops(row["held"]),
         row["version"],
         cast(Standing, row["standing"]),
-        Stroops(row.get("owed", 0)),
     )
+
+
+def _whole_state(row: Row) -> VaultState:
+    state = _state(row)
+    state.owed, state.limited, state.credits = Stroops(row["owed"]), row["limited"], row["credits"]
+    state.rules = row["version"] - row["rounds"]
+    state.placed, state.placed_credits = row["placed"], row["placed_credits"]
+    return state
 
 
 @attrs.define(slots=True, eq=False)
@@ -440,8 +462,7 @@ class VaultStore:
             async with self._load_turn:
                 self._loading = None
                 for row in await self._database.fetch(_LOAD, list(loading.vault_ids)):
-                    state = _state(row)
-                    state.limited = row["limited"]
+                    state = _whole_state(row)
                     loading.states[state.vault_id] = state
         except CalloraFault as fault:
             loading.fault = fault
@@ -453,47 +474,52 @@ class VaultStore:
                 self._loading = None
             loading.done.set()
 
-    async def load_guarded(self, state: VaultState, known: VaultState | None, *, credited: bool) -> VaultState:
-        """Return a vault with its rules and what they counted, or with those already known where they must be right.
+    async def load_guarded(
+        self, state: VaultState, known: VaultState | None, *, credited: bool, refusing: bool
+    ) -> VaultState:
+        """Return a vault with its rules and what they counted, or with those already known where they serve.
 
         Args:
             state: the vault, read a moment ago; what is read here may be newer, and then its round is lost.
-            known: the vault as its actor knew it, whose every decision is stored.
+            known: the vault as its actor knew it last, of whose decisions none is on its way. Where `refusing`, all
+                of them are stored.
             credited: whether its quota is to be known whatever it has: then the month's grant is made where it is due.
+            refusing: whether something will be refused by what is returned, and not only allowed.
 
         Raises:
             StoreUnavailable: nothing was read. OutcomeUnknown: a grant may have been renewed, which does no harm.
         """
         now = self._clock.now()
-        fresh = known is not None and known.version == state.version and _is_fresh(known, now)
-        if known is not None and fresh and (known.quota is not None or not credited):
-            state.policies, state.quota, state.credits = known.policies, known.quota, known.credits
-            return state
+        if known is not None and _still_rules(known, state, now, credited=credited):
+            if not refusing:
+                _carry(known, state)
+                return state
+            if known.version == state.version and _is_fresh(known, now):
+                state.policies, state.quota = known.policies, known.quota
+                return state
         async with self._database.transaction() as connection:
-            await self._guard(connection, state, credited=credited, locked=False)
-        return state
+            counted, _ = await self._guard(connection, state, credited=credited, locked=False)
+        return counted
 
     async def _guard(
         self, connection: Connection, state: VaultState, *, credited: bool, locked: bool
-    ) -> SpendingLimits | None:
-        """Read the rules of a vault into its state; its quota is renewed, with the vault locked, where that is due."""
+    ) -> tuple[VaultState, SpendingLimits | None]:
+        """Return a vault with its rules; its quota is renewed, with the vault locked, where that is due."""
         now = self._clock.now()
         await connection.execute(BY_VAULT)
-        found = await terms(connection, state.vault_id, now, wanted=credited)
+        found = await terms(connection, state.vault_id, now, state.placed_credits, wanted=credited)
         if found is not None and found.due:
             if not locked:
                 await connection.fetch_row(_LOCK, state.vault_id)
             await renew(connection, state.vault_id, now)
             row = cast(Row, await connection.fetch_row(_LOCK, state.vault_id))
-            state.available, state.held = Stroops(row["available"]), Stroops(row["held"])
-            state.version, state.standing = row["version"], cast(Standing, row["standing"])
-            state.owed = Stroops(row["owed"])
-            found = await terms(connection, state.vault_id, now, wanted=True)
-        limits = await spending_limits(connection, state.vault_id, now)
+            state = _whole_state(row)
+            found = await terms(connection, state.vault_id, now, state.placed_credits, wanted=True)
+        limits = await spending_limits(connection, state.vault_id, now, state.placed)
         state.policies = () if limits is None else (limits,)
         if found is not None:
             state.quota, state.credits = found.quota, found.credits
-        return limits
+        return state, limits
 
     async def find_event(self, vault_id: VaultId, event_id: EventId) -> EventFound | None:
         """Return a usage event as it stands, or None: how an unknown outcome is looked up.
@@ -533,7 +559,8 @@ class VaultStore:
         rated = any(hold.credits for _, hold in holds) or any(
             close.held_credits or close.delivery.quantity is not None for _, close in closes
         )
-        statement = STATEMENTS[bool(closes), bool(holds), bool(claims or answers), alone, rated]
+        guarded = any(share.guarded for share in shares)
+        statement = STATEMENTS[bool(closes), bool(holds), bool(claims or answers), alone, rated, guarded]
         columns = _alone_columns(shares[0]) if alone else _share_columns(shares)
         columns["now"] = self._clock.now()
         if closes:
@@ -560,9 +587,9 @@ class VaultStore:
         """
         async with self._database.transaction() as connection:
             row = cast(Row, await connection.fetch_row(_LOCK, vault_id))
-            state = _state(row)
+            state = _whole_state(row)
             if row["limited"] or credited:
-                await self._guard(connection, state, credited=credited, locked=True)
+                state, _ = await self._guard(connection, state, credited=credited, locked=True)
             share = decide(state)
             if not (share.holds or share.closes):
                 return share, CLEAN
@@ -698,9 +725,9 @@ class VaultStore:
         if amount or command.unit_credits:
             if row["standing"] != "active":
                 return StandingRefused(row["standing"], Stroops(row["owed"]))
-            state, limits = _state(row), None
+            state, limits = _whole_state(row), None
             if row["limited"] or command.unit_credits:
-                limits = await self._guard(connection, state, credited=command.unit_credits > 0, locked=True)
+                state, limits = await self._guard(connection, state, credited=command.unit_credits > 0, locked=True)
             api_key_id = ApiKeyId(str(event["api_key_id"]))
             if command.unit_credits:
                 quota = state.quota
@@ -732,10 +759,20 @@ class VaultStore:
         return HoldExtended(Stroops(held["held_amount"]), held_credits=held["held_credits"])
 
 
+def _still_rules(known: VaultState, state: VaultState, now: datetime, *, credited: bool) -> bool:
+    """Tell whether nothing but holds and closes changed a vault since its rules were read, and none of them ended."""
+    if not known.guarded or known.rules != state.rules or (credited and known.quota is None):
+        return False
+    return known.quota is None or known.quota.until is None or now < known.quota.until
+
+
+def _carry(known: VaultState, state: VaultState) -> None:
+    state.policies = tuple([each.carried(state.placed) for each in known.policies])
+    state.quota = None if known.quota is None else known.quota.carried(state.placed_credits)
+
+
 def _is_fresh(known: VaultState, now: datetime) -> bool:
     """Tell whether what rules counted when they were read, and since, is to be believed for a refusal."""
-    if known.quota is not None and known.quota.until is not None and known.quota.until <= now:
-        return False
     counted = [each for each in (*known.policies, known.quota) if each is not None]
     return bool(counted) and all(
         isinstance(each, SpendingLimits | Quota) and each.exact and now - each.read_at < LIMITS_FRESH
@@ -786,7 +823,7 @@ def _need(share: Share) -> int:
 
 
 def _guard(share: Share) -> int:
-    return share.decided_version if share.guarded else UNGUARDED
+    return share.decided_version if share.guarded and share.holds else UNGUARDED
 
 
 def _close_columns(closes: Sequence[tuple[int, CloseHold]]) -> Columns:

@@ -40,6 +40,10 @@ class Never:
     def close(self, command: CloseHold) -> None:
         """Count nothing."""
 
+    def carried(self, placed: int) -> "Never":
+        """Return the same."""
+        return self
+
 
 @attrs.frozen
 class Always:
@@ -54,6 +58,10 @@ class Always:
 
     def close(self, command: CloseHold) -> None:
         """Count nothing."""
+
+    def carried(self, placed: int) -> "Always":
+        """Return the same."""
+        return self
 
 
 @given(amounts, amounts)

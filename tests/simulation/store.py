@@ -8,7 +8,7 @@ stored late.
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import attrs
 import trio
@@ -65,6 +65,17 @@ WRITE_FATES: tuple[Fate, ...] = (
 )
 
 
+@runtime_checkable
+class Counting(Protocol):
+    """A policy that knows whether it counted exactly."""
+
+    exact: bool
+
+
+def _is_exact(policy: HoldPolicy) -> bool:
+    return isinstance(policy, Counting) and policy.exact
+
+
 Policies = Callable[[VaultState], Sequence[HoldPolicy]]
 """The rules of a vault as it stands; the same number of them, whatever it has."""
 
@@ -87,6 +98,8 @@ class VaultRow:
     available: int
     held: int = 0
     version: int = 0
+    rounds: int = 0
+    placed: int = 0
     entry_seq: int = 0
     standing: Standing = "active"
     history: list[tuple[float, int, Standing]] = attrs.field(factory=list)
@@ -145,7 +158,15 @@ class Tables:
     def state(self, vault_id: VaultId) -> VaultState:
         """Return a vault as its actor would read it."""
         row = self.vaults[vault_id]
-        return VaultState(vault_id, Stroops(row.available), Stroops(row.held), row.version, row.standing)
+        return VaultState(
+            vault_id,
+            Stroops(row.available),
+            Stroops(row.held),
+            row.version,
+            row.standing,
+            rules=row.version - row.rounds,
+            placed=row.placed,
+        )
 
     def _note(self, row: VaultRow) -> None:
         try:
@@ -162,12 +183,13 @@ class Tables:
         """What the round's statement does, all or nothing."""
         lost, drifted, missed = [], [], set()
         won = []
+        guarded = any(share.guarded for share in shares)
         for share in shares:
             row = self.vaults[share.vault_id]
             if (
                 row.available >= share.need
                 and (not share.holds or row.standing == "active")
-                and (not share.guarded or row.version == share.decided_version)
+                and (not (share.guarded and share.holds) or row.version == share.decided_version)
             ):
                 won.append(share)
             else:
@@ -187,10 +209,12 @@ class Tables:
                     changed = True
             for hold in share.holds:
                 if self._place(share.vault_id, row, hold, late=late):
+                    row.placed += hold.amount if guarded else 0
                     changed = True
                 else:
                     missed.add(hold.event_id)
             row.version += changed
+            row.rounds += changed and guarded
             self._note(row)
             if version != share.decided_version:
                 drifted.append(self.state(share.vault_id))
@@ -276,6 +300,8 @@ class Tables:
                 row.available -= amount
                 row.held += amount
                 row.version += 1
+                row.rounds += 1
+                row.placed += amount
                 return HoldExtended(Stroops(event.held_amount))
             case GrantQuota() | SetPlan() | RateDelta() | ReviewDebt():
                 raise AssertionError("the simulation knows no quotas and no counters: they are tried on PostgreSQL")
@@ -355,7 +381,16 @@ class SimulatedStore:
         state.limited = bool(self.policies(state))
         return state
 
-    async def load_guarded(self, state: VaultState, known: VaultState | None, *, credited: bool) -> VaultState:
+    async def load_guarded(
+        self, state: VaultState, known: VaultState | None, *, credited: bool, refusing: bool
+    ) -> VaultState:
+        if known is not None and known.guarded and known.rules == state.rules:
+            if not refusing:
+                state.policies = [each.carried(state.placed) for each in known.policies]
+                return state
+            if known.version == state.version and all(_is_exact(each) for each in known.policies):
+                state.policies = known.policies
+                return state
         state.policies = self.policies(self.tables.state(state.vault_id))
         return state
 

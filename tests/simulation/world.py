@@ -84,6 +84,10 @@ class Cap:
     world: "World"
     held: int
     """By the vault when it was read, and since."""
+    placed: int
+    """By the vault, ever, when it was read."""
+    exact: bool = True
+    counted: int = attrs.Factory(lambda self: self.held, takes_self=True)
 
     def refuse(self, command: PlaceHold) -> PolicyRefused | None:
         """Return why the hold may not be placed, or None."""
@@ -99,6 +103,10 @@ class Cap:
     def close(self, command: CloseHold) -> None:
         """Count the end of one."""
         self.held -= command.held_amount
+
+    def carried(self, placed: int) -> "Cap":
+        """Count what others may hold as well."""
+        return Cap(self.world, self.counted + placed - self.placed, placed, exact=False)
 
 
 @attrs.define
@@ -396,7 +404,7 @@ class World:
 
     def policies(self, state: VaultState) -> tuple[HoldPolicy, ...]:
         """Return the policies of a vault."""
-        return (Cap(self, state.held),) if state.vault_id == CAPPED else ()
+        return (Cap(self, state.held, state.placed),) if state.vault_id == CAPPED else ()
 
     def number(self) -> int:
         """Return a new number."""
@@ -470,7 +478,8 @@ class World:
         actor: VaultActor | None = process.registry._actors.get(SOLO)
         if actor is None or not actor.idle or actor.state is None or SOLO in self.tables.late:
             return
-        if actor.state != self.tables.state(SOLO):
+        # What only limited vaults are read with is not kept up.
+        if actor.state != attrs.evolve(self.tables.state(SOLO), rules=actor.state.rules, placed=actor.state.placed):
             self.auditor.wrong.append(f"an undisturbed cache went astray: {actor.state} {self.tables.state(SOLO)}")
 
     async def _call(self, process: Process, vault_id: VaultId) -> None:

@@ -385,6 +385,44 @@ async def test_wa3_all_keys_of_a_vault_share_its_quota_and_a_cap_narrows_one(at:
     assert isinstance(await process.hold(1), PolicyRefused)
 
 
+async def test_what_another_process_burns_and_grows_a_hold_by_counts_for_a_keys_cap(
+    at: Spenders, process: Process, database_url: str
+) -> None:
+    await process.plan("hundred")
+    await at.ledger.database.execute("UPDATE api_keys SET monthly_credit_cap = 10 WHERE api_key_id = $1", KEY)
+    async with open_database(database_url) as other_database, trio.open_nursery() as nursery:
+        other: Process = await nursery.start(run_process, at, other_database)
+        await process.placed(1)
+        grown = await other.placed(2)
+        more = ExtendHold(grown.event_id, 0, Stroops(0), "more", units=4, unit_credits=1)
+        assert isinstance(await other.ask(more), HoldExtended)
+        refused = await process.hold(4)
+        assert isinstance(refused, PolicyRefused)
+        assert (refused.details["limitedBy"], refused.details["creditsUsed"]) == ("key", 7)
+        assert (await process.placed(3)).credits == 3
+        assert isinstance(await other.hold(1), PolicyRefused)
+        assert (await other.placed(50, key=OTHER_KEY)).credits == 50
+        nursery.cancel_scope.cancel()
+
+
+async def test_credits_that_came_back_to_another_process_pay_before_money_does(
+    at: Spenders, process: Process, database_url: str
+) -> None:
+    await process.plan("paying")
+    await at.ledger.database.execute("UPDATE api_keys SET monthly_credit_cap = 6 WHERE api_key_id = $1", KEY)
+    async with open_database(database_url) as other_database, trio.open_nursery() as nursery:
+        other: Process = await nursery.start(run_process, at, other_database)
+        first = await process.placed(1, price=10)
+        for _ in range(3):
+            placed = await other.placed(5, price=10)
+            assert (placed.amount, placed.credits) == (0, 5)
+            assert isinstance(await other.ask(given_back(placed)), HoldClosed)
+        assert isinstance(await other.ask(given_back(first)), HoldClosed)
+        paid = await process.placed(8, price=10)
+        assert (paid.amount, paid.credits) == (20, 6), "as many as the key may burn, and the rest in money"
+        nursery.cancel_scope.cancel()
+
+
 async def test_credits_of_a_charge_that_was_never_delivered_are_given_anew_once(at: Spenders, process: Process) -> None:
     delivered, lost, held = await process.placed(2), await process.placed(3), await process.placed(1)
     for each in (delivered, lost):

@@ -1,6 +1,6 @@
 """What was spent in a period, against the plainest count there is; and limits that no hold gets past."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from random import Random
@@ -26,9 +26,9 @@ from callora.ledger.outcomes import (
 from callora.ledger.rounds import CLEAN
 from callora.ledger.spending import LENGTHS, PERIODS, Period
 from callora.store import usage
-from callora.store.bridge import Database, open_database
+from callora.store.bridge import Connection, Database, open_database
 from callora.store.reads.calls import least_id
-from callora.store.reads.spending import account
+from callora.store.reads.spending import account, spending_limits
 from callora.store.rollup import advance, rebuild
 from callora.store.spending import remove_limit, set_limit
 from callora.store.vaults import LIMITS_FRESH, LINE_SETTINGS, VaultStore
@@ -284,8 +284,8 @@ async def run_process(at: Spenders, database: Database, task_status: trio.TaskSt
             task_status.started(Process(registry, at.vault_id))
 
 
-def hold(at: Spenders, amount: int, key: ApiKeyId = KEY) -> PlaceHold:
-    return PlaceHold(at.ledger.event(), Stroops(amount), 60, attrs.evolve(CHARGED, api_key_id=key))
+def hold(at: Spenders, amount: int, key: ApiKeyId = KEY, ttl_seconds: int = 60) -> PlaceHold:
+    return PlaceHold(at.ledger.event(), Stroops(amount), ttl_seconds, attrs.evolve(CHARGED, api_key_id=key))
 
 
 def refused(outcome: object) -> tuple[object, ...]:
@@ -373,6 +373,127 @@ async def test_a_hold_placed_by_another_process_and_a_refund_are_seen(at: Spende
         assert isinstance(await two.ask(hold(at, 25)), HoldPlaced)
         refused(await one.ask(hold(at, 1)))
         nursery.cancel_scope.cancel()
+
+
+async def test_what_other_processes_hold_and_close_is_not_counted_anew(
+    at: Spenders, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[VaultId] = []
+
+    async def counting(connection: Connection, vault_id: VaultId, now: datetime, placed: int) -> object:
+        counts.append(vault_id)
+        return await spending_limits(connection, vault_id, now, placed)
+
+    monkeypatch.setattr("callora.store.vaults.spending_limits", counting)
+    await at.limit("day", 1000)
+    async with open_database(database_url) as other, trio.open_nursery() as nursery:
+        processes = [await nursery.start(run_process, at, each) for each in (at.ledger.database, other)]
+        for _ in range(20):
+            for process in processes:
+                placed = hold(at, 20)
+                assert isinstance(await process.ask(placed), HoldPlaced)
+                assert isinstance(await process.ask(release(placed.event_id, placed.amount, DELIVERED)), HoldClosed)
+        # Once by each of them at first, and where too much seems to be spent, as what came back of holds is not known.
+        assert len(counts) <= 6
+        before = len(counts)
+        await at.limit("day", 1001)
+        assert isinstance(await processes[0].ask(hold(at, 1001)), HoldPlaced)
+        assert len(counts) == before + 1, "another limit is read"
+        refused(await processes[1].ask(hold(at, 1)))
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_another_process_grows_a_hold_by_is_spent(at: Spenders, database_url: str) -> None:
+    await at.limit("day", 100)
+    async with open_database(database_url) as other, trio.open_nursery() as nursery:
+        one = await nursery.start(run_process, at, at.ledger.database)
+        two = await nursery.start(run_process, at, other)
+        assert isinstance(await one.ask(hold(at, 10)), HoldPlaced)
+        grown = hold(at, 20)
+        assert isinstance(await two.ask(grown), HoldPlaced)
+        assert isinstance(await two.ask(ExtendHold(grown.event_id, 0, Stroops(40), "more")), HoldExtended)
+        refused(await one.ask(hold(at, 31)))
+        assert isinstance(await one.ask(hold(at, 30)), HoldPlaced)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.proof) for seed in range(4, 60))])
+async def test_processes_decide_as_one_that_counts_everything(at: Spenders, database_url: str, seed: int) -> None:
+    """Three of them, their holds ended by any of them, refunds, growth, limits that change, and bursts of calls."""
+    random = Random(seed)
+    opened: list[tuple[EventId, Stroops]] = []
+    captured: list[tuple[EventId, int]] = []
+    limits: dict[tuple[ApiKeyId | None, Period], int] = {}
+
+    async def over(key: ApiKeyId, amount: int, leeway: timedelta) -> bool:
+        """Whether a hold reaches past a limit, what is `leeway` longer ago than a period counted as well."""
+        return any(
+            [
+                await at.counted(whose, period, leeway) + amount > limit
+                for (whose, period), limit in limits.items()
+                if whose in (None, key)
+            ]
+        )
+
+    async def call(process: Process, command: PlaceHold) -> object:
+        outcome = await process.ask(command)
+        if isinstance(outcome, HoldPlaced):
+            opened.append((command.event_id, command.amount))
+        return outcome
+
+    async with (
+        open_database(database_url) as second,
+        open_database(database_url) as third,
+        trio.open_nursery() as nursery,
+    ):
+        processes: Sequence[Process] = [
+            await nursery.start(run_process, at, each) for each in (at.ledger.database, second, third)
+        ]
+        for step in range(150):
+            process, what = random.choice(processes), random.random()
+            if what < 0.45:
+                key, amount = random.choice((KEY, OTHER_KEY)), random.randint(1, 40)
+                if isinstance(outcome := await call(process, hold(at, amount, key, ttl_seconds=86_400)), HoldPlaced):
+                    assert not await over(key, 0, timedelta()), step
+                else:
+                    refused(outcome)
+                    # What has left a period less than a second ago may still count.
+                    assert await over(key, amount, LIMITS_FRESH), step
+            elif what < 0.7 and opened:
+                event_id, held = opened.pop(random.randrange(len(opened)))
+                amount = random.choice((0, held, random.randint(0, held)))
+                ended = capture(event_id, held, Stroops(amount), DELIVERED)
+                assert isinstance(await process.ask(ended), HoldClosed)
+                captured.append((event_id, amount))
+            elif what < 0.77 and opened:
+                event_id, held = opened[-1]
+                grown = await process.ask(ExtendHold(event_id, 0, Stroops(random.randint(1, 60)), f"{step}"))
+                if isinstance(grown, HoldExtended):
+                    opened[-1] = event_id, grown.held_amount
+                else:
+                    refused(grown)
+            elif what < 0.8 and captured:
+                event_id, amount = captured.pop(random.randrange(len(captured)))
+                if amount:
+                    given = Refund(event_id, Stroops(random.randint(1, amount)), f"{step}")
+                    assert isinstance(await process.ask(given), BalanceMoved)
+            elif what < 0.85:
+                which = random.choice((None, KEY, OTHER_KEY)), random.choice(PERIODS[:2])
+                limits[which] = random.randint(50, 300)
+                await at.limit(which[1], limits[which], which[0])
+            elif what < 0.93:
+                before = {which: await at.counted(*which) for which in limits}
+                async with trio.open_nursery() as callers:
+                    for each in processes:
+                        for key in (KEY, OTHER_KEY):
+                            callers.start_soon(call, each, hold(at, random.randint(1, 40), key, ttl_seconds=86_400))
+                for which, limit in limits.items():
+                    assert await at.counted(*which) <= max(limit, before[which]), step
+            else:
+                at.ledger.clock.advance(random.choice((0.2, 5.0, 3_000.0, 40_000.0)))
+                await usage.ensure_partitions(at.ledger.database, at.now())
+        nursery.cancel_scope.cancel()
+    assert set(await at.ledger.findings()) <= {"no hold outlives its time"}, "which nobody sweeps here"
 
 
 async def test_b12_what_leaves_the_day_may_be_spent_again(at: Spenders) -> None:

@@ -64,11 +64,12 @@ class Terms:
     due: bool
 
 
-async def terms(connection: Connection, vault_id: VaultId, now: datetime, *, wanted: bool) -> Terms | None:
+async def terms(connection: Connection, vault_id: VaultId, now: datetime, placed: int, *, wanted: bool) -> Terms | None:
     """Return a vault's quota, or None where it has no grants and none are wanted.
 
     Args:
         connection: inside a transaction that goes `BY_VAULT`.
+        placed: credits that were ever set aside for the vault, read before.
         wanted: whether something priced in credits is to be decided.
 
     Raises:
@@ -79,11 +80,11 @@ async def terms(connection: Connection, vault_id: VaultId, now: datetime, *, wan
     if not (wanted or row["ever_granted"]):
         return None
     start, following = month_of(now)
-    caps = {ApiKeyId(str(api_key_id)): KeyCap(cap, 0) for api_key_id, cap in row["caps"]}
-    if caps:
-        for each in await connection.fetch(BURNT, vault_id, list(caps), start):
-            caps[ApiKeyId(str(each["api_key_id"]))].used = each["burnt"]
-    quota = Quota(row["granted"], row["monthly_credits"], row["overage"], following, caps, now, row["until"])
+    limits = {ApiKeyId(str(api_key_id)): cap for api_key_id, cap in row["caps"]}
+    burnt = await connection.fetch(BURNT, vault_id, list(limits), start) if limits else []
+    keys = [(ApiKeyId(str(each["api_key_id"])), each["burnt"]) for each in burnt]
+    caps = {api_key_id: KeyCap(limits[api_key_id], used) for api_key_id, used in keys}
+    quota = Quota(row["granted"], row["monthly_credits"], row["overage"], following, caps, now, row["until"], placed)
     return Terms(quota, row["credits"], row["due"])
 
 

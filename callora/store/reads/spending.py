@@ -146,11 +146,14 @@ class Account:
         return None if self.limit is None else Spending(self.period, self.limit, self.spent).remaining
 
 
-async def spending_limits(connection: Connection, vault_id: VaultId, now: datetime) -> SpendingLimits | None:
+async def spending_limits(
+    connection: Connection, vault_id: VaultId, now: datetime, placed: int
+) -> SpendingLimits | None:
     """Return the limits of a vault and its keys with what was spent, or None where there are none.
 
     Args:
         connection: inside a transaction that goes `BY_VAULT`.
+        placed: stroops that were ever set aside for the vault, read before.
 
     Raises:
         StoreUnavailable: nothing was read.
@@ -161,8 +164,9 @@ async def spending_limits(connection: Connection, vault_id: VaultId, now: dateti
         found.setdefault(whose, []).append(Spending(row["period"], Stroops(row["amount"]), Stroops(row["spent"])))
     if not found:
         return None
+    of_vault = in_order(found.pop(None, []))
     return SpendingLimits(
-        in_order(found.pop(None, [])), {key: in_order(each) for key, each in found.items() if key is not None}, now
+        of_vault, {key: in_order(each) for key, each in found.items() if key is not None}, now, placed
     )
 
 
@@ -178,8 +182,15 @@ async def account(
         StoreUnavailable: nothing was read.
     """
     async with database.transaction() as connection:
-        await connection.execute(BY_VAULT)
-        rows = await connection.fetch(ACCOUNT, vault_id, PERIODS, _starts(now), api_key_id)
+        return await counted(connection, vault_id, api_key_id, now)
+
+
+async def counted(
+    connection: Connection, vault_id: VaultId, api_key_id: ApiKeyId | None, now: datetime
+) -> tuple[Account, ...]:
+    """Do the same inside a transaction, which goes `BY_VAULT` from then on."""
+    await connection.execute(BY_VAULT)
+    rows = await connection.fetch(ACCOUNT, vault_id, PERIODS, _starts(now), api_key_id)
     found = {row["period"]: row for row in rows}
     return tuple(
         Account(

@@ -1,0 +1,1 @@
+ALTER TABLE vaults DROP COLUMN rounds, DROP COLUMN placed, DROP COLUMN placed_credits;
