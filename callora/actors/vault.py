@@ -27,7 +27,7 @@ from callora.ledger.outcomes import (
     VaultMissing,
 )
 from callora.ledger.rounds import Share
-from callora.ledger.vault import Refusal, VaultState, apply_close, apply_hold, decide_hold
+from callora.ledger.vault import Refusal, VaultState, apply_close, apply_hold, carry, decide_hold
 
 LOSSES_BEFORE_LOCK = 2
 """A command that lost this many rounds is stored with the vault's row locked, where it cannot lose."""
@@ -223,10 +223,8 @@ class VaultActor:
             drift = present.available - stake.envelopes[-1].available
             for envelope in stake.envelopes:
                 envelope.available = Stroops(envelope.available + drift)
-            if share.guarded:
-                self._forget()  # what others did counts for the rules as well
-            elif self.state is not None:
-                self._resume_from(present)
+            if self.state is not None:
+                self._resume_from(self.state, present)
         if missed and (
             any(hold.event_id in missed for hold in share.holds)
             or any(close.event_id in missed for close in share.closes)
@@ -246,7 +244,7 @@ class VaultActor:
                     envelope.look_up = True
                     self._repeat([envelope])
                 else:
-                    if share.guarded and self.state is not None:
+                    if share.guarded and self.state is not None and present is None:
                         apply_close(self.state, command)
                     envelope.reply.resolve(HoldClosed(command.state, command.amount, envelope.available))
                 self._repeat(self._forget_closing(command))
@@ -388,8 +386,10 @@ class VaultActor:
                     self._repeat(self._forget_placing(command))
                     envelope.reply.resolve(decided)
                 return final
-            self._stake(envelope).share.place(decided)
+            share = self._stake(envelope).share
+            share.place(decided)
             apply_hold(state, decided)
+            share.bound(state, decided)
             envelope.credits = decided.credits
             self._placing.add(command.event_id)
             if claim is not None:
@@ -420,9 +420,11 @@ class VaultActor:
         return stake
 
     def _new_share(self) -> Share:
-        assert self.state is not None
-        share = Share(self.vault_id, self.state.version, guarded=self.state.guarded)
-        self.state.version += 1
+        state = self.state
+        assert state is not None
+        rules = state.rules if state.guarded else None
+        share = Share(self.vault_id, state.version, state.guarded, rules, state.placed, state.placed_credits)
+        state.version += 1
         return share
 
     async def _look_up(self, envelope: Envelope, command: CloseHold) -> None:
@@ -525,14 +527,24 @@ class VaultActor:
         if not self._stakes and self._settled_event is not None:
             self._settled_event.set()
 
-    def _resume_from(self, present: VaultState) -> None:
+    def _resume_from(self, state: VaultState, present: VaultState) -> None:
         """Take over the state another process left, with what is decided since on top of it."""
+        if state.guarded:
+            if present.rules != state.rules:
+                self._forget()
+                return
+            carry(state, present)
         for stake in self._stakes:
-            present.available = Stroops(present.available + stake.share.available_change)
-            present.held = Stroops(present.held + stake.share.held_change)
+            for hold in stake.share.holds:
+                apply_hold(present, hold)
+            if not state.guarded:  # where it is, money comes back when a close is stored
+                for close in stake.share.closes:
+                    apply_close(present, close)
         present.version += len(self._stakes)
         # Decisions on the way may not fit what is there now: their round refuses them, and the state is read anew.
-        self.state = present if present.available >= 0 else None
+        self.state = present
+        if present.available < 0:
+            self._forget()
 
     def _repeat(self, envelopes: Sequence[Envelope]) -> None:
         if self._ended:

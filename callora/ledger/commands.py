@@ -71,6 +71,11 @@ class PlaceHold:
     credits: int = 0
     """Set aside from the vault's quota, once decided; a unit is never split."""
 
+    @property
+    def uncovered(self) -> bool:
+        """Whether, once decided, any of its units are paid in money though they have a price in credits."""
+        return self.credits < self.units * self.unit_credits
+
 
 @value
 class Delivery:

@@ -15,6 +15,7 @@ from callora.ledger.commands import CloseHold, PlaceHold
 from callora.ledger.ids import ApiKeyId, EventId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import PolicyRefused
+from callora.ledger.spending import ROOM_MAX
 
 Overage = Literal["deny", "charge"]
 
@@ -122,6 +123,20 @@ class Quota:
         if cap is not None and command.credits:
             self._open[command.event_id] = command.charged.api_key_id
             cap.used += command.credits
+
+    def room(self, command: PlaceHold, left: int) -> int | None:
+        """Return how much others may place, credits, before a hold that is counted would have been decided otherwise.
+
+        None where the vault must be just as it was: some of the hold is paid in money, and not since the vault has no
+        credits for it.
+
+        Args:
+            left: the vault's credits after the hold.
+        """
+        if command.uncovered and left >= command.unit_credits:
+            return None
+        cap = self.caps.get(command.charged.api_key_id)
+        return ROOM_MAX if cap is None or not command.credits else cap.cap - cap.used
 
     def close(self, command: CloseHold) -> None:
         """Count the end of a hold, which is stored."""

@@ -25,6 +25,8 @@ LENGTHS: Final[Mapping[Period, timedelta]] = {
     "month": timedelta(days=30),
     "year": timedelta(days=365),
 }
+ROOM_MAX: Final = 2**62
+"""Room where nothing narrows it."""
 _ADJECTIVES: Final[Mapping[Period, str]] = {"day": "daily", "week": "weekly", "month": "monthly", "year": "annual"}
 
 
@@ -84,6 +86,13 @@ class SpendingLimits:
         """Count a hold that is decided."""
         self._open[command.event_id] = command.charged.api_key_id
         self._count(command.charged.api_key_id, command.amount)
+
+    def room(self, command: PlaceHold) -> int:
+        """Return how much others may place, stroops, before a hold that is counted would have been refused."""
+        if not command.amount:
+            return ROOM_MAX
+        asked = (*self.vault, *self.keys.get(command.charged.api_key_id, ()))
+        return min([each.limit - each.spent for each in asked], default=ROOM_MAX)
 
     def close(self, command: CloseHold) -> None:
         """Count the end of a hold, which is stored."""

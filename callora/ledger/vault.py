@@ -46,7 +46,7 @@ class VaultState:
     it."""
     placed: int = 0
     placed_credits: int = 0
-    """Stroops and credits that were ever set aside while it was limited, when it was read."""
+    """Stroops and credits that were ever set aside while it was limited, as its actor knows."""
 
     @property
     def posted(self) -> Stroops:
@@ -55,16 +55,16 @@ class VaultState:
 
     @property
     def guarded(self) -> bool:
-        """Whether a round with holds must find the very version that was decided on."""
+        """Whether a round with holds must find what was decided on, or what leaves room for it."""
         return bool(self.policies) or self.quota is not None
 
 
 class HoldPolicy(Protocol):
     """A rule beside the balance that joins the decision on a hold, such as spending limits.
 
-    A vault with any policy is guarded: a round with a hold demands that the stored version is the one decided on, so a
-    policy may rely on what it read with that version. It is read with the vault, or carried on from what was read
-    before, where nothing but holds and closes changed the vault.
+    A vault with any policy is guarded: a round with a hold demands that the stored version is the one decided on, or
+    that others have not placed more since than there is room for. It is read with the vault, or carried on from what
+    was read before, where nothing but holds and closes changed the vault.
     """
 
     def refuse(self, command: PlaceHold) -> PolicyRefused | None:
@@ -73,6 +73,13 @@ class HoldPolicy(Protocol):
 
     def place(self, command: PlaceHold) -> None:
         """Count a hold that is decided."""
+        ...
+
+    def room(self, command: PlaceHold) -> int | None:
+        """Return how much others may place, stroops, before a hold that is counted would have been refused.
+
+        None where the vault must be just as it was.
+        """
         ...
 
     def close(self, command: CloseHold) -> None:
@@ -121,6 +128,8 @@ def apply_hold(state: VaultState, command: PlaceHold) -> None:
     """Move what a decided hold takes from available to held; 0 <= amount <= state.available."""
     state.available = Stroops(state.available - command.amount)
     state.held = Stroops(state.held + command.amount)
+    state.placed += command.amount
+    state.placed_credits += command.credits
     if state.quota is not None:
         state.credits -= command.credits
         state.quota.place(command)
@@ -137,3 +146,9 @@ def apply_close(state: VaultState, command: CloseHold) -> None:
         state.quota.close(command)
     for policy in state.policies:
         policy.close(command)
+
+
+def carry(known: VaultState, present: VaultState) -> None:
+    """Give a vault as it is read now its rules as they were known before; only holds and closes came between."""
+    present.policies = tuple([each.carried(present.placed) for each in known.policies])
+    present.quota = None if known.quota is None else known.quota.carried(present.placed_credits)

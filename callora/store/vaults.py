@@ -57,9 +57,9 @@ from callora.ledger.outcomes import (
     VaultMissing,
 )
 from callora.ledger.quota import Quota
-from callora.ledger.rounds import CLEAN, UNGUARDED, RoundResult, Share
+from callora.ledger.rounds import CLEAN, RoundResult, Share
 from callora.ledger.spending import SpendingLimits
-from callora.ledger.vault import Standing, VaultState
+from callora.ledger.vault import Standing, VaultState, carry
 from callora.store.bridge import Connection, Database, Line, Row
 from callora.store.counters import rate
 from callora.store.outbox import Event, add_events, iso
@@ -99,12 +99,13 @@ LINE_SETTINGS: Final[Mapping[str, str]] = {
 
 _LOCKED: Final = """
 WITH wanted AS (
-    SELECT * FROM unnest(@vaults::uuid[], @needs::bigint[], @guards::bigint[], @decided::bigint[]) WITH ORDINALITY
-        AS w (vault_id, need, guard, decided, place)
+    SELECT * FROM unnest(@vaults::uuid[], @needs::bigint[], @decided::bigint[]{guards}) WITH ORDINALITY
+        AS w (vault_id, need, decided{guard_names}, place)
 ), locked AS MATERIALIZED (
-    SELECT w.place, v.vault_id, v.available, v.held, v.version, v.standing, w.decided,
-           v.available >= w.need AND (w.need < 0 OR v.standing = 'active' AND v.quota_until > :now::timestamptz)
-               AND CASE WHEN w.guard < 0 THEN w.need < 0 OR NOT v.limited ELSE v.version = w.guard END AS won
+    SELECT w.place, v.vault_id, v.available, v.held, v.version, v.standing{guarding}, w.decided,
+           v.available >= w.need
+               AND (w.need < 0
+                    OR v.standing = 'active' AND v.quota_until > :now::timestamptz AND {admits}) AS won
     FROM wanted w JOIN vaults v ON v.vault_id = ANY (ARRAY[w.vault_id])
     ORDER BY w.vault_id
     FOR UPDATE OF v
@@ -118,16 +119,38 @@ WITH wanted AS (
 # for it is an eighth of what PostgreSQL spends on such a round.
 _LOCKED_ALONE: Final = """
 WITH locked AS MATERIALIZED (
-    SELECT v.vault_id, v.available, v.held, v.version, v.standing, :decided_version::bigint AS decided,
+    SELECT v.vault_id, v.available, v.held, v.version, v.standing{guarding}, :decided_version::bigint AS decided,
            v.available >= :need::bigint
-               AND (:need::bigint < 0 OR v.standing = 'active' AND v.quota_until > :now::timestamptz)
-               AND CASE WHEN :guard::bigint < 0 THEN :need::bigint < 0 OR NOT v.limited
-                        ELSE v.version = :guard::bigint END AS won
+               AND (:need::bigint < 0
+                    OR v.standing = 'active' AND v.quota_until > :now::timestamptz AND {admits}) AS won
     FROM vaults v WHERE v.vault_id = ANY (ARRAY[:vault::uuid])
     FOR UPDATE OF v
 ), winners AS MATERIALIZED (
     SELECT ARRAY[won] AS won, ARRAY[vault_id] AS vaults FROM locked
 )"""
+
+_UNGUARDED: Final = -1
+_WITHIN: Final = -2
+"""What a guard is where it is no version: none, or what the rules and the ceilings say."""
+_GUARDING: Final = ("limited", "owed", "rounds", "placed", "placed_credits", "credits")
+"""What else is read of a vault whose rules count."""
+
+
+def _admits(of: str) -> str:
+    """Return the condition on which holds of a vault that may be guarded are stored.
+
+    Args:
+        of: how what is known of the vault's share is named, with its name for `{}`.
+    """
+    guard, rules, ceiling, credits_ceiling, credits_need, credits_most = map(of.format, _GUARDS)
+    return f"""CASE {guard} WHEN {_UNGUARDED} THEN NOT v.limited
+                   WHEN {_WITHIN} THEN v.version - v.rounds = {rules}
+                       AND v.placed <= {ceiling} AND v.placed_credits <= {credits_ceiling}
+                       AND v.credits BETWEEN {credits_need} AND {credits_most}
+                   ELSE v.version = {guard} END"""
+
+
+_GUARDS: Final = ("guard", "rules", "ceiling", "credits_ceiling", "credits_need", "credits_most")
 
 _CLOSED: Final = """, closed AS (
     UPDATE usage_events u
@@ -227,7 +250,7 @@ _MOVED: Final = """, moved AS (
           FROM ({changes}) AS rows GROUP BY vault_id) AS c
     WHERE v.vault_id = ANY (ARRAY[c.vault_id])
 )
-SELECT won, vault_id, available, held, version, standing::text AS standing, NULL::uuid AS missed
+SELECT won, vault_id, available, held, version, standing::text AS standing, NULL::uuid AS missed{guarding}
 FROM locked
 WHERE NOT won OR version <> decided"""
 
@@ -236,7 +259,7 @@ _CREDITS_SUM: Final = ", sum(credits)::bigint AS credits, sum(placed_credits)::b
 
 _MISSED: Final = """
 UNION ALL
-SELECT NULL, NULL, NULL, NULL, NULL, NULL, e FROM unnest({events}::uuid[]) AS e
+SELECT NULL, NULL, NULL, NULL, NULL, NULL, e{nothing} FROM unnest({events}::uuid[]) AS e
 WHERE e NOT IN (SELECT event_id FROM {done})"""
 
 _PARAMETER: Final = re.compile(r"(?<!:)([:@])([a-z_]+)")
@@ -259,7 +282,14 @@ class RoundStatement:
             rated: whether anything in it has credits or a quantity.
             guarded: whether any of its vaults is.
         """
-        text = _LOCKED_ALONE if alone else _LOCKED
+        guards = _GUARDS if guarded else ()
+        guarding = _GUARDING if guarded else ()
+        text = (_LOCKED_ALONE if alone else _LOCKED).format(
+            guards="".join(f", @{name}::bigint[]" for name in guards),
+            guard_names="".join(f", {name}" for name in guards),
+            guarding="".join(f", v.{name}" for name in guarding),
+            admits=_admits(":{}::bigint" if alone else "w.{}") if guarded else "NOT v.limited",
+        )
         changes: list[str] = []
         if closes:
             text += _CLOSED.format_map(_RATED_CLOSED if rated else dict.fromkeys(_RATED_CLOSED, ""))
@@ -280,11 +310,13 @@ class RoundStatement:
             guarded_sum=", sum(placed)::bigint AS placed" if guarded else "",
             credits_set=_CREDITS_SET if rated else "",
             credits_sum=_CREDITS_SUM if rated else "",
+            guarding="".join(f", {name}" for name in guarding),
         )
+        nothing = ", NULL" * len(guarding)
         if closes:
-            text += _MISSED.format(events="@close_events", done="closed")
+            text += _MISSED.format(events="@close_events", done="closed", nothing=nothing)
         if keyed and holds:
-            text += _MISSED.format(events=":claim_events", done="claimed")
+            text += _MISSED.format(events=":claim_events", done="claimed", nothing=nothing)
         parameters = tuple(dict.fromkeys(name for _, name in _PARAMETER.findall(text)))
         numbers = {name: f"${number}" for number, name in enumerate(parameters, 1)}
 
@@ -304,15 +336,14 @@ STATEMENTS: Final[Mapping[tuple[bool, bool, bool, bool, bool, bool], RoundStatem
 """By what a round contains: closes, holds, idempotency keys; whether it is of one vault; credits or quantities; vaults
 that are guarded."""
 
-_GUARDING: Final = "limited, rounds, placed, placed_credits, credits"
-
 _LOAD: Final = f"""
-SELECT vault_id, available, held, version, standing::text AS standing, owed, {_GUARDING} FROM vaults
+SELECT vault_id, available, held, version, standing::text AS standing, {", ".join(_GUARDING)} FROM vaults
 WHERE vault_id = ANY ($1::uuid[])
 """  # noqa: S608 - names of ours
 
 _LOCK: Final = f"""
-SELECT vault_id, user_id, network, held, version, entry_seq, {_GUARDING}, {COLUMNS} FROM vaults
+SELECT vault_id, user_id, network, held, version, entry_seq, {COLUMNS},
+       {", ".join(name for name in _GUARDING if name != "owed")} FROM vaults
 WHERE vault_id = $1 FOR UPDATE
 """  # noqa: S608 - names of ours
 
@@ -492,7 +523,7 @@ class VaultStore:
         now = self._clock.now()
         if known is not None and _still_rules(known, state, now, credited=credited):
             if not refusing:
-                _carry(known, state)
+                carry(known, state)
                 return state
             if known.version == state.version and _is_fresh(known, now):
                 state.policies, state.quota = known.policies, known.quota
@@ -562,6 +593,8 @@ class VaultStore:
         guarded = any(share.guarded for share in shares)
         statement = STATEMENTS[bool(closes), bool(holds), bool(claims or answers), alone, rated, guarded]
         columns = _alone_columns(shares[0]) if alone else _share_columns(shares)
+        if guarded:
+            columns |= _guard_columns(shares[0]) if alone else _guards_columns(shares)
         columns["now"] = self._clock.now()
         if closes:
             columns |= _close_columns(closes)
@@ -766,11 +799,6 @@ def _still_rules(known: VaultState, state: VaultState, now: datetime, *, credite
     return known.quota is None or known.quota.until is None or now < known.quota.until
 
 
-def _carry(known: VaultState, state: VaultState) -> None:
-    state.policies = tuple([each.carried(state.placed) for each in known.policies])
-    state.quota = None if known.quota is None else known.quota.carried(state.placed_credits)
-
-
 def _is_fresh(known: VaultState, now: datetime) -> bool:
     """Tell whether what rules counted when they were read, and since, is to be believed for a refusal."""
     counted = [each for each in (*known.policies, known.quota) if each is not None]
@@ -804,7 +832,6 @@ def _share_columns(shares: Sequence[Share]) -> Columns:
     return {
         "vaults": _words([share.vault_id for share in shares]),
         "needs": _numbers(map(_need, shares)),
-        "guards": _numbers(map(_guard, shares)),
         "decided": _numbers([share.decided_version for share in shares]),
     }
 
@@ -813,17 +840,29 @@ def _alone_columns(share: Share) -> Columns:
     return {
         "vault": share.vault_id,
         "need": _need(share),
-        "guard": _guard(share),
         "decided_version": share.decided_version,
     }
 
 
+def _guard_columns(share: Share) -> Columns:
+    guard = share.decided_version if share.rules is None else _WITHIN
+    return {
+        "guard": guard if share.guarded and share.holds else _UNGUARDED,
+        "rules": share.rules or 0,
+        "ceiling": share.ceiling,
+        "credits_ceiling": share.credits_ceiling,
+        "credits_need": share.credits_need,
+        "credits_most": share.credits_most,
+    }
+
+
+def _guards_columns(shares: Sequence[Share]) -> Columns:
+    each = [_guard_columns(share) for share in shares]
+    return {name: _numbers([cast(int, columns[name]) for columns in each]) for name in _GUARDS}
+
+
 def _need(share: Share) -> int:
     return share.need if share.holds else _NO_HOLDS
-
-
-def _guard(share: Share) -> int:
-    return share.decided_version if share.guarded and share.holds else UNGUARDED
 
 
 def _close_columns(closes: Sequence[tuple[int, CloseHold]]) -> Columns:
@@ -892,7 +931,7 @@ def _result(rows: Sequence[Row], shares: Sequence[Share]) -> RoundResult:
         if row["missed"] is not None:
             missed.append(EventId(str(row["missed"])))
         elif row["won"]:
-            drifted.append(_state(row))
+            drifted.append(_state(row) if row.get("rounds") is None else _whole_state(row))
         else:
             lost.append(_state(row))
     if drifted:
@@ -903,4 +942,8 @@ def _result(rows: Sequence[Row], shares: Sequence[Share]) -> RoundResult:
             state.available = Stroops(state.available + share.available_change)
             state.held = Stroops(state.held + share.held_change)
             state.version += 1
+            if state.limited:
+                state.credits += share.credits_change
+                state.placed += share.need
+                state.placed_credits += share.credits_need
     return RoundResult(lost, drifted, frozenset(missed))

@@ -52,6 +52,9 @@ class Switch:
     def place(self, command: PlaceHold) -> None:
         """Count nothing."""
 
+    def room(self, command: PlaceHold) -> None:
+        """Leave others none."""
+
     def close(self, command: CloseHold) -> None:
         """Count nothing."""
 
@@ -74,6 +77,9 @@ class CrashesAt:
 
     def place(self, command: PlaceHold) -> None:
         """Count nothing."""
+
+    def room(self, command: PlaceHold) -> None:
+        """Leave others none."""
 
     def close(self, command: CloseHold) -> None:
         """Count nothing."""

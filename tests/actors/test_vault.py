@@ -25,6 +25,7 @@ from callora.ledger.commands import (
     expire,
 )
 from callora.ledger.faults import CalloraFault, OutcomeUnknown, StoreUnavailable
+from callora.ledger.ids import ApiKeyId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import (
     BalanceMoved,
@@ -42,7 +43,7 @@ from callora.ledger.outcomes import (
 from callora.ledger.rounds import Share
 from callora.ledger.vault import HoldPolicy
 from tests.simulation.store import EventRow, Fate, Policies, Scripted, SimulatedStore, Tables
-from tests.simulation.support import OTHER_VAULT, VAULT, Running, captured, event, place, released, running
+from tests.simulation.support import CHARGED, OTHER_VAULT, VAULT, Running, captured, event, place, released, running
 
 CONFLICTS: list[Fate] = ["conflict"] * 100
 ABANDONED_FATES: list[Fate] = ["ok", "unavailable", "unknown_lost", "unknown_stored", "refused", "bug", "bug_stored"]
@@ -65,6 +66,12 @@ def balance(store: SimulatedStore) -> tuple[int, int]:
     """Return what is available and held."""
     vault = store.tables.vaults[VAULT]
     return vault.available, vault.held
+
+
+def rounds_of(store: SimulatedStore) -> int:
+    """Return how many rounds were sent."""
+    assert isinstance(store._weather, Scripted)
+    return store._weather.calls.count("round")
 
 
 def open_gate(store: SimulatedStore) -> None:
@@ -243,6 +250,10 @@ class NoMoreThan:
         """Count a hold."""
         self.held += command.amount
 
+    def room(self, command: PlaceHold) -> int:
+        """Return how much others may place before a hold would be one too many."""
+        return self.bound - self.held
+
     def close(self, command: CloseHold) -> None:
         """Count the end of one."""
         self.held -= command.held_amount
@@ -276,6 +287,92 @@ async def test_what_was_decided_ahead_of_a_lost_share_loses_too(autojump_clock: 
         store.gate.set()
         assert isinstance(await first.reply.wait(), HoldPlaced)
         assert await second.reply.wait() == PolicyRefused("BOUND", {})
+    assert balance(store)[1] <= 60
+
+
+@attrs.define
+class OneKey:
+    """A policy: what one key holds stays within 60."""
+
+    held: int
+    placed: int
+    counted: int = attrs.Factory(lambda self: self.held, takes_self=True)
+
+    def refuse(self, command: PlaceHold) -> PolicyRefused | None:
+        """Return why not, or None."""
+        mine = command.charged == CHARGED
+        return PolicyRefused("BOUND", {}) if mine and self.held + command.amount > 60 else None
+
+    def place(self, command: PlaceHold) -> None:
+        """Count a hold of the key."""
+        if command.charged == CHARGED:
+            self.held += command.amount
+
+    def room(self, command: PlaceHold) -> int:
+        """Return how much others may place before a hold would be one too many."""
+        return 60 - self.held if command.charged == CHARGED else 10**9
+
+    def close(self, command: CloseHold) -> None:
+        """Count nothing."""
+
+    def carried(self, placed: int) -> "OneKey":
+        """Count what others may hold as well."""
+        return OneKey(self.counted + placed - self.placed, placed)
+
+
+async def test_what_a_lost_share_was_to_place_leaves_another_key_no_room(autojump_clock: MockClock) -> None:
+    store = store_with(100)
+    store.gate = trio.Event()
+    held = 0
+    async with running(store, policies=lambda state: [OneKey(held, state.placed)]) as at:
+        # Another process holds 50 for the key that is bound, and leaves too little for the first of ours.
+        def another() -> None:
+            nonlocal held
+            store.before_commit = lambda: None
+            held = 50
+            share = Share(VAULT, store.tables.vaults[VAULT].version, guarded=True)
+            share.place(place(90, 50))
+            assert not store.tables.store_round([share]).lost
+
+        store.before_commit = another
+        other_key = attrs.evolve(CHARGED, api_key_id=ApiKeyId("00000000-0000-7000-8000-00000000001a"))
+        first = at.send(PlaceHold(event(1), Stroops(80), 60, other_key))
+        await wait_all_tasks_blocked()
+        second = at.send(place(2, 20))
+        await wait_all_tasks_blocked()
+        store.gate.set()
+        assert await second.reply.wait() == PolicyRefused("BOUND", {})
+        assert await first.reply.wait() == InsufficientFunds(Stroops(80), Stroops(50))
+    assert balance(store)[1] == 50
+
+
+@pytest.mark.parametrize("others", [0, 39, 40, 41])
+async def test_what_others_hold_meanwhile_makes_a_round_lose_only_where_it_leaves_no_room(
+    autojump_clock: MockClock, others: int
+) -> None:
+    store = store_with(1000)
+    async with running(store, policies=no_more_than(60)) as at:
+        await at.ask(place(1, 10))
+
+        def another() -> None:
+            store.before_commit = lambda: None
+            share = Share(VAULT, store.tables.vaults[VAULT].version, guarded=True)
+            share.place(place(90, others))
+            assert not store.tables.store_round([share]).lost
+
+        store.before_commit = another
+        rounds = rounds_of(store)
+        outcome = await at.ask(place(2, 10))
+        if others <= 40:
+            assert isinstance(outcome, HoldPlaced)
+            assert rounds_of(store) == rounds + 1
+            assert at.registry._actors[VAULT].state is not None, "and what they hold is known"
+            assert outcome.available == balance(store)[0] == 980 - others
+        else:
+            assert outcome == PolicyRefused("BOUND", {})
+        for number, amount in enumerate((40 - others, 1) if others <= 40 else (), 3):
+            if amount:
+                assert isinstance(await at.ask(place(number, amount)), HoldPlaced) == (number == 3)
     assert balance(store)[1] <= 60
 
 
@@ -314,8 +411,8 @@ async def test_the_end_of_a_hold_hides_nothing_that_another_process_holds(autoju
         ended = at.send(released(1, 10))
         assert isinstance(await ended.reply.wait(), HoldClosed)
         assert (store.tables.vaults[VAULT].available, ended.available) == (950, 950)
-        assert await at.ask(place(2, 11)) == PolicyRefused("BOUND", {})
-        assert isinstance(await at.ask(place(3, 10)), HoldPlaced)
+        assert await at.ask(place(2, 10)) == HoldPlaced(Stroops(940))
+        assert await at.ask(place(3, 1)) == PolicyRefused("BOUND", {})
 
 
 async def test_a_policy_never_counts_on_a_close_that_finds_nothing(autojump_clock: MockClock) -> None:
@@ -594,6 +691,9 @@ class Crashes:
 
     def place(self, command: PlaceHold) -> None:
         """Count nothing."""
+
+    def room(self, command: PlaceHold) -> None:
+        """Leave others none."""
 
     def close(self, command: CloseHold) -> None:
         """Count nothing."""

@@ -37,6 +37,9 @@ class Never:
     def place(self, command: PlaceHold) -> None:
         """Count nothing."""
 
+    def room(self, command: PlaceHold) -> None:
+        """Leave others none."""
+
     def close(self, command: CloseHold) -> None:
         """Count nothing."""
 
@@ -55,6 +58,9 @@ class Always:
 
     def place(self, command: PlaceHold) -> None:
         """Count nothing."""
+
+    def room(self, command: PlaceHold) -> None:
+        """Leave others none."""
 
     def close(self, command: CloseHold) -> None:
         """Count nothing."""

@@ -189,7 +189,7 @@ class Tables:
             if (
                 row.available >= share.need
                 and (not share.holds or row.standing == "active")
-                and (not (share.guarded and share.holds) or row.version == share.decided_version)
+                and (not (share.guarded and share.holds) or self._admits(row, share))
             ):
                 won.append(share)
             else:
@@ -219,6 +219,11 @@ class Tables:
             if version != share.decided_version:
                 drifted.append(self.state(share.vault_id))
         return RoundResult(lost, drifted, frozenset(missed))
+
+    def _admits(self, row: VaultRow, share: Share) -> bool:
+        if share.rules is None:
+            return row.version == share.decided_version
+        return row.version - row.rounds == share.rules and row.placed <= share.ceiling
 
     def _check(self, shares: Sequence[Share]) -> None:
         for share in shares:

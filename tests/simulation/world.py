@@ -100,6 +100,10 @@ class Cap:
         """Count a hold."""
         self.held += command.amount
 
+    def room(self, command: PlaceHold) -> int | None:
+        """Return how much others may place before a hold would be one too many, or now and then that they may not."""
+        return HELD_MAX - self.held if self.world.random.random() < 0.7 else None
+
     def close(self, command: CloseHold) -> None:
         """Count the end of one."""
         self.held -= command.held_amount

@@ -38,6 +38,8 @@ from callora.ledger.outcomes import (
     VaultMissing,
 )
 from callora.ledger.quota import month_of
+from callora.ledger.rounds import RoundResult, Share
+from callora.ledger.vault import VaultState
 from callora.store import usage
 from callora.store.bridge import Database, open_database
 from callora.store.reads.quotas import QuotaView, quota_of
@@ -421,6 +423,72 @@ async def test_credits_that_came_back_to_another_process_pay_before_money_does(
         paid = await process.placed(8, price=10)
         assert (paid.amount, paid.credits) == (20, 6), "as many as the key may burn, and the rest in money"
         nursery.cancel_scope.cancel()
+
+
+async def test_credits_that_another_process_gives_back_meanwhile_pay_in_place_of_money(
+    at: Spenders, process: Process, database_url: str
+) -> None:
+    await process.plan("paying")
+    async with open_database(database_url) as other_database, trio.open_nursery() as nursery:
+        other: Process = await nursery.start(run_process, at, other_database)
+        all_of_them = await other.placed(10, price=10)
+        assert ((await process.placed(1, price=10)).amount, all_of_them.amount) == (10, 0)
+        assert isinstance(await other.ask(given_back(all_of_them)), HoldClosed)
+        paid = await process.placed(3, price=10)
+        assert (paid.amount, paid.credits) == (0, 3)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_keys_cap_that_has_room_again_by_another_process_pays_in_credits(
+    at: Spenders, process: Process, database_url: str
+) -> None:
+    await process.plan("paying")
+    await at.ledger.database.execute("UPDATE api_keys SET monthly_credit_cap = 3 WHERE api_key_id = $1", KEY)
+    async with open_database(database_url) as other_database, trio.open_nursery() as nursery:
+        other: Process = await nursery.start(run_process, at, other_database)
+        capped = await process.placed(3, price=10)
+        assert (await process.placed(1, price=10)).amount == 10
+        # The vault has as many credits afterwards, and the key may burn some of them.
+        assert isinstance(await other.ask(given_back(capped)), HoldClosed)
+        assert (await other.placed(3, price=10, key=OTHER_KEY)).credits == 3
+        paid = await process.placed(1, price=10)
+        assert (paid.amount, paid.credits) == (0, 1)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("plan", ["hundred", "paying"])
+async def test_processes_at_one_vault_lose_no_round_to_each_other_where_there_is_room(
+    at: Spenders, process: Process, database_url: str, monkeypatch: pytest.MonkeyPatch, plan: str
+) -> None:
+    """Forty holds at once, paid in credits or, once those are gone, in money."""
+    lost: list[VaultState] = []
+    commit = VaultStore.commit_round
+
+    async def watched(self: VaultStore, shares: Sequence[Share]) -> RoundResult:
+        result = await commit(self, shares)
+        lost.extend(result.lost)
+        return result
+
+    monkeypatch.setattr(VaultStore, "commit_round", watched)
+    await process.plan(plan)
+    await at.limit("day", 10_000)
+    async with open_database(database_url) as other_database, trio.open_nursery() as nursery:
+        other: Process = await nursery.start(run_process, at, other_database)
+        for each in (process, other, process, other):
+            await each.ask(spent(await each.placed(5, price=1)))
+        lost.clear()
+
+        async def calls(each: Process) -> None:
+            for _ in range(10):
+                await each.ask(spent(await each.placed(1, price=1)))
+
+        async with trio.open_nursery() as callers:
+            for each in (process, other, process, other):
+                callers.start_soon(calls, each)
+        nursery.cancel_scope.cancel()
+    assert lost == []
+    view = await seen(at)
+    assert (view.credits, (await at.spent(KEY))["day"]) == ((40, 0) if plan == "hundred" else (0, 50))
 
 
 async def test_credits_of_a_charge_that_was_never_delivered_are_given_anew_once(at: Spenders, process: Process) -> None:
