@@ -207,6 +207,16 @@ def _workers(results: Results) -> Figure | None:
     return Figure(two / one, note)
 
 
+def _limited_workers(results: Results) -> Figure | None:
+    seen = results.workers
+    if seen is None:
+        return None
+    if seen.complaints:
+        raise LookupError("the ledger check failed")
+    limited, two = seen.limited_calls_per_second.median, seen.two_calls_per_second.median
+    return Figure(limited / two, f"{limited:.0f}/s beside {two:.0f}/s")
+
+
 def _start(results: Results) -> Figure | None:
     return None if results.start is None else Figure(results.start.seconds.median)
 
@@ -279,6 +289,7 @@ ROWS: Final = (
         _memory(lambda m: Figure(m.pause_ms, f"{m.vaults} vaults; {m.pause_base_ms:.1f} ms with one")),
     ),
     Row("11", "two workers ÷ one, paid, unpinned, calls/s", "", 1.5, 1.9, True, _workers),
+    Row("11b", "two workers with all limits and a plan ÷ without", "", 0.7, 0.9, True, _limited_workers),
     Row("12", "start to first paid call", "s", 2, 0.7, False, _start),
     Row("13", "slowest page of usage, database time", "ms", 50, 20, False, _usage),
     Row(
