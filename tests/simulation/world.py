@@ -581,6 +581,8 @@ class World:
                 self.busy or self._unanswered() or any(each.compensator._pending for each in processes)
             ):
                 await trio.sleep(0.5)
+        for process in processes:
+            process.store.store_late()  # what was on its way when the storm ended
         self._check_cache(processes[0])
         clock.jump(100.0)  # past every hold's time, and past every vault's closure
         with trio.move_on_after(PATIENCE_SECONDS):
