@@ -129,6 +129,10 @@ def _pages(now: datetime) -> dict[str, Page]:
     def summed(days: int, unit: reads.Unit, **only: Any) -> Page:
         return lambda database: reads.sums(database, scope(days, **only), unit)
 
+    def spent(vault: VaultId, of_key: ApiKeyId | None) -> Page:
+        # A page is only ever asked inside of `reading()`.
+        return lambda database: spending.counted(cast(Connection, database), vault, of_key, now)
+
     rare, common, unknown = ApiId(RARE_API), ApiId(COMMON_API), ApiId(UNKNOWN_API)
     rare_key, key = ApiKeyId(key_id(0, RARE_KEY)), ApiKeyId(key_id(0, 1))
     mine = reads.DeveloperScope(DeveloperId(developer_id(0)), end - DAYS * _DAY, end)
@@ -163,15 +167,9 @@ def _pages(now: datetime) -> dict[str, Page]:
             database, attrs.evolve(mine, since=end - 30 * _DAY), 10
         ),
         "developer: revenue": lambda database: settlements.revenue_of(database, "testnet", mine.developer_id),
-        "large: spent by a key, four periods": lambda database: spending.counted(
-            cast(Connection, database), large[0], key, now
-        ),
-        "large: spent by all keys, four periods": lambda database: spending.counted(
-            cast(Connection, database), large[0], None, now
-        ),
-        "small: spent by all keys, four periods": lambda database: spending.counted(
-            cast(Connection, database), small[0], None, now
-        ),
+        "large: spent by a key, four periods": spent(large[0], key),
+        "large: spent by all keys, four periods": spent(large[0], None),
+        "small: spent by all keys, four periods": spent(small[0], None),
         "operator: everyone, 90 days": lambda database: reads.all_days(database, today - DAYS * _DAY),
         "operator: top users, 30 days": lambda database: reads.top_users(database, today - 30 * _DAY, 20),
     }

@@ -334,7 +334,7 @@ class VaultActor:
             found = (await self._store.load_vaults([self.vault_id])).get(self.vault_id)
             credited = any(_is_credited(each.command) for each in (*self._hand, *self._doubted))
             if found is not None and (found.limited or credited):
-                known = self.state if refusing else self.state or self._known
+                known = self.state if refusing else self._known
                 found = await self._store.load_guarded(found, known, credited=credited, refusing=refusing)
         except CalloraFault as fault:
             await self._refuse_for_now(fault)

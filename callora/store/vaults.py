@@ -132,6 +132,8 @@ WITH locked AS MATERIALIZED (
 _UNGUARDED: Final = -1
 _WITHIN: Final = -2
 """What a guard is where it is no version: none, or what the rules and the ceilings say."""
+_GUARDS: Final = ("guard", "rules", "ceiling", "credits_ceiling", "credits_need", "credits_most")
+"""What is sent of each share in a round with vaults that are guarded."""
 _GUARDING: Final = ("limited", "owed", "rounds", "placed", "placed_credits", "credits")
 """What else is read of a vault whose rules count."""
 
@@ -149,8 +151,6 @@ def _admits(of: str) -> str:
                        AND v.credits BETWEEN {credits_need} AND {credits_most}
                    ELSE v.version = {guard} END"""
 
-
-_GUARDS: Final = ("guard", "rules", "ceiling", "credits_ceiling", "credits_need", "credits_most")
 
 _CLOSED: Final = """, closed AS (
     UPDATE usage_events u

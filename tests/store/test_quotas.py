@@ -156,6 +156,14 @@ async def process(at: Spenders) -> AsyncIterator[Process]:
     assert await wrong(at) == []
 
 
+@pytest.fixture
+async def other(at: Spenders, process: Process, database_url: str) -> AsyncIterator[Process]:
+    """Another process at the same vault."""
+    async with open_database(database_url) as database, trio.open_nursery() as nursery:
+        yield await nursery.start(run_process, at, database)
+        nursery.cancel_scope.cancel()
+
+
 # --- burning ----------------------------------------------------------------------------------------------------------
 
 
@@ -388,77 +396,65 @@ async def test_wa3_all_keys_of_a_vault_share_its_quota_and_a_cap_narrows_one(at:
 
 
 async def test_what_another_process_burns_and_grows_a_hold_by_counts_for_a_keys_cap(
-    at: Spenders, process: Process, database_url: str
+    at: Spenders, process: Process, other: Process
 ) -> None:
     await process.plan("hundred")
     await at.ledger.database.execute("UPDATE api_keys SET monthly_credit_cap = 10 WHERE api_key_id = $1", KEY)
-    async with open_database(database_url) as other_database, trio.open_nursery() as nursery:
-        other: Process = await nursery.start(run_process, at, other_database)
-        await process.placed(1)
-        grown = await other.placed(2)
-        more = ExtendHold(grown.event_id, 0, Stroops(0), "more", units=4, unit_credits=1)
-        assert isinstance(await other.ask(more), HoldExtended)
-        refused = await process.hold(4)
-        assert isinstance(refused, PolicyRefused)
-        assert (refused.details["limitedBy"], refused.details["creditsUsed"]) == ("key", 7)
-        assert (await process.placed(3)).credits == 3
-        assert isinstance(await other.hold(1), PolicyRefused)
-        assert (await other.placed(50, key=OTHER_KEY)).credits == 50
-        nursery.cancel_scope.cancel()
+    await process.placed(1)
+    grown = await other.placed(2)
+    more = ExtendHold(grown.event_id, 0, Stroops(0), "more", units=4, unit_credits=1)
+    assert isinstance(await other.ask(more), HoldExtended)
+    refused = await process.hold(4)
+    assert isinstance(refused, PolicyRefused)
+    assert (refused.details["limitedBy"], refused.details["creditsUsed"]) == ("key", 7)
+    assert (await process.placed(3)).credits == 3
+    assert isinstance(await other.hold(1), PolicyRefused)
+    assert (await other.placed(50, key=OTHER_KEY)).credits == 50
 
 
 async def test_credits_that_came_back_to_another_process_pay_before_money_does(
-    at: Spenders, process: Process, database_url: str
+    at: Spenders, process: Process, other: Process
 ) -> None:
     await process.plan("paying")
     await at.ledger.database.execute("UPDATE api_keys SET monthly_credit_cap = 6 WHERE api_key_id = $1", KEY)
-    async with open_database(database_url) as other_database, trio.open_nursery() as nursery:
-        other: Process = await nursery.start(run_process, at, other_database)
-        first = await process.placed(1, price=10)
-        for _ in range(3):
-            placed = await other.placed(5, price=10)
-            assert (placed.amount, placed.credits) == (0, 5)
-            assert isinstance(await other.ask(given_back(placed)), HoldClosed)
-        assert isinstance(await other.ask(given_back(first)), HoldClosed)
-        paid = await process.placed(8, price=10)
-        assert (paid.amount, paid.credits) == (20, 6), "as many as the key may burn, and the rest in money"
-        nursery.cancel_scope.cancel()
+    first = await process.placed(1, price=10)
+    for _ in range(3):
+        placed = await other.placed(5, price=10)
+        assert (placed.amount, placed.credits) == (0, 5)
+        assert isinstance(await other.ask(given_back(placed)), HoldClosed)
+    assert isinstance(await other.ask(given_back(first)), HoldClosed)
+    paid = await process.placed(8, price=10)
+    assert (paid.amount, paid.credits) == (20, 6), "as many as the key may burn, and the rest in money"
 
 
 async def test_credits_that_another_process_gives_back_meanwhile_pay_in_place_of_money(
-    at: Spenders, process: Process, database_url: str
+    at: Spenders, process: Process, other: Process
 ) -> None:
     await process.plan("paying")
-    async with open_database(database_url) as other_database, trio.open_nursery() as nursery:
-        other: Process = await nursery.start(run_process, at, other_database)
-        all_of_them = await other.placed(10, price=10)
-        assert ((await process.placed(1, price=10)).amount, all_of_them.amount) == (10, 0)
-        assert isinstance(await other.ask(given_back(all_of_them)), HoldClosed)
-        paid = await process.placed(3, price=10)
-        assert (paid.amount, paid.credits) == (0, 3)
-        nursery.cancel_scope.cancel()
+    all_of_them = await other.placed(10, price=10)
+    assert ((await process.placed(1, price=10)).amount, all_of_them.amount) == (10, 0)
+    assert isinstance(await other.ask(given_back(all_of_them)), HoldClosed)
+    paid = await process.placed(3, price=10)
+    assert (paid.amount, paid.credits) == (0, 3)
 
 
 async def test_a_keys_cap_that_has_room_again_by_another_process_pays_in_credits(
-    at: Spenders, process: Process, database_url: str
+    at: Spenders, process: Process, other: Process
 ) -> None:
     await process.plan("paying")
     await at.ledger.database.execute("UPDATE api_keys SET monthly_credit_cap = 3 WHERE api_key_id = $1", KEY)
-    async with open_database(database_url) as other_database, trio.open_nursery() as nursery:
-        other: Process = await nursery.start(run_process, at, other_database)
-        capped = await process.placed(3, price=10)
-        assert (await process.placed(1, price=10)).amount == 10
-        # The vault has as many credits afterwards, and the key may burn some of them.
-        assert isinstance(await other.ask(given_back(capped)), HoldClosed)
-        assert (await other.placed(3, price=10, key=OTHER_KEY)).credits == 3
-        paid = await process.placed(1, price=10)
-        assert (paid.amount, paid.credits) == (0, 1)
-        nursery.cancel_scope.cancel()
+    capped = await process.placed(3, price=10)
+    assert (await process.placed(1, price=10)).amount == 10
+    # The vault has as many credits afterwards, and the key may burn some of them.
+    assert isinstance(await other.ask(given_back(capped)), HoldClosed)
+    assert (await other.placed(3, price=10, key=OTHER_KEY)).credits == 3
+    paid = await process.placed(1, price=10)
+    assert (paid.amount, paid.credits) == (0, 1)
 
 
 @pytest.mark.parametrize("plan", ["hundred", "paying"])
 async def test_processes_at_one_vault_lose_no_round_to_each_other_where_there_is_room(
-    at: Spenders, process: Process, database_url: str, monkeypatch: pytest.MonkeyPatch, plan: str
+    at: Spenders, process: Process, other: Process, monkeypatch: pytest.MonkeyPatch, plan: str
 ) -> None:
     """Forty holds at once, paid in credits or, once those are gone, in money."""
     lost: list[VaultState] = []
@@ -472,20 +468,17 @@ async def test_processes_at_one_vault_lose_no_round_to_each_other_where_there_is
     monkeypatch.setattr(VaultStore, "commit_round", watched)
     await process.plan(plan)
     await at.limit("day", 10_000)
-    async with open_database(database_url) as other_database, trio.open_nursery() as nursery:
-        other: Process = await nursery.start(run_process, at, other_database)
+    for each in (process, other, process, other):
+        await each.ask(spent(await each.placed(5, price=1)))
+    lost.clear()
+
+    async def calls(each: Process) -> None:
+        for _ in range(10):
+            await each.ask(spent(await each.placed(1, price=1)))
+
+    async with trio.open_nursery() as callers:
         for each in (process, other, process, other):
-            await each.ask(spent(await each.placed(5, price=1)))
-        lost.clear()
-
-        async def calls(each: Process) -> None:
-            for _ in range(10):
-                await each.ask(spent(await each.placed(1, price=1)))
-
-        async with trio.open_nursery() as callers:
-            for each in (process, other, process, other):
-                callers.start_soon(calls, each)
-        nursery.cancel_scope.cancel()
+            callers.start_soon(calls, each)
     assert lost == []
     view = await seen(at)
     assert (view.credits, (await at.spent(KEY))["day"]) == ((40, 0) if plan == "hundred" else (0, 50))
