@@ -34,7 +34,8 @@ from callora.logs import Logs
 from callora.metrics import Metrics
 from callora.service import SystemClock
 from callora.store.bridge import open_database
-from callora.store.vaults import LINE_SETTINGS, VaultStore
+from callora.store.rounds import LINE_SETTINGS
+from callora.store.vaults import VaultStore
 
 Way = Literal["transactions", "rounds"]
 Vaults = Literal["hot", "many"]

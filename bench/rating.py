@@ -41,7 +41,8 @@ from callora.store.audit import audit
 from callora.store.bridge import Database, open_database
 from callora.store.meter_sources import Owner, put_source
 from callora.store.reads.meters import FoundSource, find_source
-from callora.store.vaults import LINE_SETTINGS, VaultStore
+from callora.store.rounds import LINE_SETTINGS
+from callora.store.vaults import VaultStore
 
 SOURCE: Final = "bench"
 NODE: Final = "node"

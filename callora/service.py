@@ -62,7 +62,8 @@ from callora.store.bridge import Database, StatementRejected, open_database
 from callora.store.keys import note_use
 from callora.store.migrate import pending
 from callora.store.reads.gateway import Reads
-from callora.store.vaults import LINE_SETTINGS, VaultStore
+from callora.store.rounds import LINE_SETTINGS
+from callora.store.vaults import VaultStore
 from callora.trust import system_trust
 
 if TYPE_CHECKING:

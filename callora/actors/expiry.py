@@ -21,8 +21,8 @@ from callora.ledger.outcomes import HoldClosed
 from callora.metrics import Metrics
 from callora.store.breath import BREATH_SECONDS
 from callora.store.bridge import Database, StatementRejected
+from callora.store.rounds import ROUND_SECONDS_MAX
 from callora.store.usage import FIRST, OpenHold, open_holds, still_open
-from callora.store.vaults import ROUND_SECONDS_MAX
 
 LOOK_BACK: Final = timedelta(hours=25)
 """A hold lasts a day at most, so the first sweep after a start looks at everything that may be open."""

@@ -19,7 +19,8 @@ from callora.store import accounts
 from callora.store.accounts import PricedEndpoint
 from callora.store.bridge import Database, open_database
 from callora.store.reads import billing as reads
-from callora.store.vaults import LINE_SETTINGS, VaultStore
+from callora.store.rounds import LINE_SETTINGS
+from callora.store.vaults import VaultStore
 from tests.simulation.ledgers import RealLedger, TestClock, real_ledger
 from tests.simulation.support import Running, running
 from tests.support.knife import Knife

@@ -19,8 +19,9 @@ from callora.ledger.money import Stroops
 from callora.ledger.outcomes import HoldClosed, HoldNotOpen
 from callora.store.breath import BREATH_SECONDS
 from callora.store.bridge import Database, open_database
+from callora.store.rounds import LINE_SETTINGS
 from callora.store.usage import OpenHold
-from callora.store.vaults import LINE_SETTINGS, VaultStore
+from callora.store.vaults import VaultStore
 from tests.simulation.ledgers import RealLedger, TestClock, real_ledger
 from tests.simulation.support import CHARGED, DELIVERED, METRICS, QUIET, running
 

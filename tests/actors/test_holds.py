@@ -29,7 +29,8 @@ from callora.ledger.outcomes import Draining, HoldClosed
 from callora.ledger.rounds import RoundResult, Share
 from callora.store.bridge import open_database
 from callora.store.reads import holds as reads
-from callora.store.vaults import LINE_SETTINGS, LockedOutcome, VaultStore
+from callora.store.rounds import LINE_SETTINGS
+from callora.store.vaults import LockedOutcome, VaultStore
 from tests.actors.test_billing import Bank, bank
 from tests.simulation.support import Running, running
 from tests.support.knife import Knife

@@ -17,7 +17,8 @@ from callora.store import chain as store
 from callora.store.bridge import Database, open_database
 from callora.store.embedded import EmbeddedPostgres
 from callora.store.reads.chain import list_gaps, list_suspense
-from callora.store.vaults import LINE_SETTINGS, LockedOutcome, VaultStore
+from callora.store.rounds import LINE_SETTINGS
+from callora.store.vaults import LockedOutcome, VaultStore
 from tests.simulation.ledgers import TestClock, real_ledger
 from tests.support.knife import Knife
 from tests.support.postgres import fresh_database

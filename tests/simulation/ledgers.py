@@ -16,7 +16,8 @@ from callora.ledger.vault import VaultState
 from callora.store import accounts, usage
 from callora.store.audit import audit
 from callora.store.bridge import Database, Row
-from callora.store.vaults import LINE_SETTINGS, VaultStore
+from callora.store.rounds import LINE_SETTINGS
+from callora.store.vaults import VaultStore
 
 NOON = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 

@@ -44,7 +44,8 @@ from callora.store import usage
 from callora.store.bridge import Database, open_database
 from callora.store.reads.quotas import QuotaView, quota_of
 from callora.store.rollup import advance
-from callora.store.vaults import LINE_SETTINGS, VaultStore
+from callora.store.rounds import LINE_SETTINGS
+from callora.store.vaults import VaultStore
 from tests.simulation.ledgers import NOON, TestClock, real_ledger
 from tests.simulation.support import CHARGED, DELIVERED, METRICS, QUIET
 from tests.store.test_spending import KEY, OTHER_KEY, Spenders, spenders

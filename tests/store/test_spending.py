@@ -30,8 +30,9 @@ from callora.store.bridge import Connection, Database, open_database
 from callora.store.reads.calls import least_id
 from callora.store.reads.spending import account, spending_limits
 from callora.store.rollup import advance, rebuild
+from callora.store.rounds import LINE_SETTINGS
 from callora.store.spending import remove_limit, set_limit
-from callora.store.vaults import LIMITS_FRESH, LINE_SETTINGS, VaultStore
+from callora.store.vaults import LIMITS_FRESH, VaultStore
 from tests.simulation.ledgers import NOON, RealLedger, TestClock, real_ledger
 from tests.simulation.support import CHARGED, DELIVERED, METRICS, QUIET
 

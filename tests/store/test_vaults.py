@@ -43,10 +43,10 @@ from callora.ledger.outcomes import (
 )
 from callora.ledger.rounds import CLEAN, RoundResult, Share
 from callora.ledger.vault import VaultState
-from callora.store import vaults
 from callora.store.bridge import Connection, Database, open_database
 from callora.store.reads.gateway import Reads
-from callora.store.vaults import LINE_SETTINGS, VaultStore
+from callora.store.rounds import LINE_SETTINGS, STATEMENTS, RoundStatement
+from callora.store.vaults import VaultStore
 from tests.simulation.ledgers import RealLedger, TestClock, real_ledger
 from tests.simulation.support import CHARGED, DELIVERED, METRICS, QUIET
 
@@ -509,7 +509,7 @@ def _nodes(plan: dict[str, object]) -> list[dict[str, object]]:
     return [plan, *(node for child in children for node in _nodes(child))]
 
 
-async def _planned(connection: Connection, statement: vaults.RoundStatement) -> list[dict[str, object]]:
+async def _planned(connection: Connection, statement: RoundStatement) -> list[dict[str, object]]:
     await connection.execute(f"PREPARE round AS {statement.sql}")
     nothing = ", ".join(["NULL"] * len(statement.parameters))
     text = await connection.fetch_value(f"EXPLAIN (FORMAT JSON) EXECUTE round({nothing})")
@@ -518,12 +518,12 @@ async def _planned(connection: Connection, statement: vaults.RoundStatement) -> 
 
 
 @pytest.mark.parametrize("vacuumed", [False, True])
-@pytest.mark.parametrize("contents", vaults.STATEMENTS)
+@pytest.mark.parametrize("contents", STATEMENTS)
 async def test_the_rounds_plan_finds_every_stored_row_by_its_whole_key_however_empty_the_tables_are(
     ledger: RealLedger, contents: tuple[bool, bool, bool, bool, bool, bool], vacuumed: bool
 ) -> None:
     closes, _, keyed, _, _, _ = contents
-    statement = vaults.STATEMENTS[contents]
+    statement = STATEMENTS[contents]
     async with ledger.database.acquire() as connection:
         if vacuumed:  # now they are known to be empty, where before that was only a guess
             await connection.execute("VACUUM ANALYZE vaults, usage_events, idempotency_keys")
@@ -576,7 +576,7 @@ async def test_the_rounds_plan_goes_by_the_index_itself_where_busy_vaults_have_l
 
         async def scans() -> set[str]:
             names = set()
-            for statement in vaults.STATEMENTS.values():
+            for statement in STATEMENTS.values():
                 nodes = await _planned(connection, statement)
                 names |= {str(node["Node Type"]) for node in nodes if node.get("Relation Name") == "vaults"}
             return names - {"ModifyTable"}

@@ -21,7 +21,8 @@ from callora.store import counter_accounts
 from callora.store.bridge import Database, Row
 from callora.store.meter_sources import Owner, put_source
 from callora.store.reads.meters import FoundSource
-from callora.store.vaults import LINE_SETTINGS, VaultStore
+from callora.store.rounds import LINE_SETTINGS
+from callora.store.vaults import VaultStore
 from tests.simulation.ledgers import NOON, RealLedger
 from tests.simulation.support import METRICS, QUIET
 
