@@ -1,11 +1,10 @@
 """Vaults and their usage events: load, commit a round, commit one locked command."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Final, cast
 
 import attrs
-import trio
 
 from callora.ledger.clock import Clock
 from callora.ledger.commands import (
@@ -23,7 +22,6 @@ from callora.ledger.commands import (
     Withdraw,
 )
 from callora.ledger.debt import Purse, credited, debited, reviewed, stood
-from callora.ledger.faults import CalloraFault, StoreUnavailable
 from callora.ledger.ids import ApiKeyId, EventId, UserId, VaultId
 from callora.ledger.money import Stroops, format_usdc
 from callora.ledger.outcomes import (
@@ -54,10 +52,11 @@ from callora.store.outbox import Event, add_events, iso
 from callora.store.purses import COLUMNS, purse_of, setting, values_of
 from callora.store.quotas import grant, renew
 from callora.store.reads.dated import BY_VAULT
-from callora.store.reads.quotas import terms
+from callora.store.reads.quotas import Terms, terms
 from callora.store.reads.spending import spending_limits
 from callora.store.rounds import result_of, statement_of
 from callora.store.states import GUARDING, whole_state_of
+from callora.store.together import Together
 
 LIMITS_FRESH: Final = timedelta(seconds=1)
 """How long what was spent is believed before it is counted anew for a refusal: counting is the dearest read there is,
@@ -144,14 +143,18 @@ LockedOutcome = (
 )
 
 
-@attrs.define(slots=True, eq=False)
-class _Loading:
-    """Vaults that are asked for together."""
+LOADED_TOGETHER_MAX: Final = 10_000
+COUNTED_TOGETHER_MAX: Final = 64
+"""Vaults in one query: a balance is some microseconds' work, a count about a millisecond's, and the last waits for the
+first."""
 
-    vault_ids: set[VaultId] = attrs.field(factory=set)
-    done: trio.Event = attrs.field(factory=trio.Event)
-    states: dict[VaultId, VaultState] = attrs.field(factory=dict)
-    fault: CalloraFault | None = None
+
+@attrs.frozen
+class _Counted:
+    """A vault that is limited, as it was read, with what its rules counted since."""
+
+    state: VaultState
+    limits: SpendingLimits | None
 
 
 class VaultStore:
@@ -168,47 +171,22 @@ class VaultStore:
         self._clock = clock
         self._new_id = new_id
         self._commit_seconds_max = commit_seconds_max
-        self._loading: _Loading | None = None
-        self._load_turn = trio.Lock()
+        self._loads = Together(self._load, LOADED_TOGETHER_MAX)
+        self._counts = Together(self._count, COUNTED_TOGETHER_MAX)
 
     async def load_vaults(self, vault_ids: Sequence[VaultId]) -> dict[VaultId, VaultState]:
         """Return the stored state of each vault that exists, as it is at some moment after this was called.
 
-        One query is under way; who asks meanwhile is gathered for the next, because a query for a hundred vaults costs
-        little more than for one.
-
         Raises:
             StoreUnavailable: nothing was read.
         """
-        loading = self._loading
-        if loading is None:
-            loading = self._loading = _Loading()
-            loading.vault_ids.update(vault_ids)
-            await self._load(loading)
-        else:
-            loading.vault_ids.update(vault_ids)
-            await loading.done.wait()
-        if loading.fault is not None:
-            raise loading.fault
-        found = (loading.states.get(vault_id) for vault_id in vault_ids)
+        found = await self._loads.ask(*vault_ids)
         return {state.vault_id: attrs.evolve(state) for state in found if state is not None}
 
-    async def _load(self, loading: _Loading) -> None:
-        try:
-            async with self._load_turn:
-                self._loading = None
-                for row in await self._database.fetch(_LOAD, list(loading.vault_ids)):
-                    state = whole_state_of(row)
-                    loading.states[state.vault_id] = state
-        except CalloraFault as fault:
-            loading.fault = fault
-        except BaseException:
-            loading.fault = StoreUnavailable("whoever was reading for this vault was cancelled")
-            raise
-        finally:
-            if self._loading is loading:
-                self._loading = None
-            loading.done.set()
+    async def _load(self, vault_ids: Sequence[VaultId]) -> Sequence[VaultState | None]:
+        rows = await self._database.fetch(_LOAD, list(set(vault_ids)))
+        states = {state.vault_id: state for state in map(whole_state_of, rows)}
+        return [states.get(vault_id) for vault_id in vault_ids]
 
     async def load_guarded(
         self, state: VaultState, known: VaultState | None, *, credited: bool, refusing: bool
@@ -233,29 +211,34 @@ class VaultStore:
             if known.version == state.version and _is_fresh(known, now):
                 state.policies, state.quota = known.policies, known.quota
                 return state
+        (counted,) = await self._counts.ask((state, credited))
+        if counted is not None:
+            return counted.state
         async with self._database.transaction() as connection:
-            counted, _ = await self._guard(connection, state, credited=credited, locked=False)
-        return counted
+            row = cast(Row, await connection.fetch_row(_LOCK, state.vault_id))
+            return (await self._guard(connection, whole_state_of(row), credited=credited)).state
 
-    async def _guard(
-        self, connection: Connection, state: VaultState, *, credited: bool, locked: bool
-    ) -> tuple[VaultState, SpendingLimits | None]:
-        """Return a vault with its rules; its quota is renewed, with the vault locked, where that is due."""
+    async def _count(self, asked: Sequence[tuple[VaultState, bool]]) -> Sequence[_Counted | None]:
+        """Return vaults with their rules, and None for those whose grants are to be renewed first."""
+        now, states = self._clock.now(), [state for state, _ in asked]
+        async with self._database.transaction() as connection:
+            await connection.execute(BY_VAULT)
+            found = await terms(connection, states, now, {state.vault_id for state, credited in asked if credited})
+            due = {vault_id for vault_id, each in found.items() if each.due}
+            counted = await _with_rules(connection, [each for each in states if each.vault_id not in due], found, now)
+        return [counted.get(state.vault_id) for state in states]
+
+    async def _guard(self, connection: Connection, state: VaultState, *, credited: bool) -> _Counted:
+        """Return a vault whose row is locked with its rules, its quota renewed where that is due."""
         now = self._clock.now()
         await connection.execute(BY_VAULT)
-        found = await terms(connection, state.vault_id, now, state.placed_credits, wanted=credited)
-        if found is not None and found.due:
-            if not locked:
-                await connection.fetch_row(_LOCK, state.vault_id)
+        found = await terms(connection, [state], now, {state.vault_id} if credited else ())
+        if state.vault_id in found and found[state.vault_id].due:
             await renew(connection, state.vault_id, now)
             row = cast(Row, await connection.fetch_row(_LOCK, state.vault_id))
             state = whole_state_of(row)
-            found = await terms(connection, state.vault_id, now, state.placed_credits, wanted=True)
-        limits = await spending_limits(connection, state.vault_id, now, state.placed)
-        state.policies = () if limits is None else (limits,)
-        if found is not None:
-            state.quota, state.credits = found.quota, found.credits
-        return state, limits
+            found = await terms(connection, [state], now, {state.vault_id})
+        return (await _with_rules(connection, [state], found, now))[state.vault_id]
 
     async def find_event(self, vault_id: VaultId, event_id: EventId) -> EventFound | None:
         """Return a usage event as it stands, or None: how an unknown outcome is looked up.
@@ -301,7 +284,7 @@ class VaultStore:
             row = cast(Row, await connection.fetch_row(_LOCK, vault_id))
             state = whole_state_of(row)
             if row["limited"] or credited:
-                state, _ = await self._guard(connection, state, credited=credited, locked=True)
+                state = (await self._guard(connection, state, credited=credited)).state
             share = decide(state)
             if not (share.holds or share.closes):
                 return share, CLEAN
@@ -439,7 +422,8 @@ class VaultStore:
                 return StandingRefused(row["standing"], Stroops(row["owed"]))
             state, limits = whole_state_of(row), None
             if row["limited"] or command.unit_credits:
-                state, limits = await self._guard(connection, state, credited=command.unit_credits > 0, locked=True)
+                counted = await self._guard(connection, state, credited=command.unit_credits > 0)
+                state, limits = counted.state, counted.limits
             api_key_id = ApiKeyId(str(event["api_key_id"]))
             if command.unit_credits:
                 quota = state.quota
@@ -469,6 +453,19 @@ class VaultStore:
                 self._clock.now(),
             )
         return HoldExtended(Stroops(held["held_amount"]), held_credits=held["held_credits"])
+
+
+async def _with_rules(
+    connection: Connection, states: Sequence[VaultState], found: Mapping[VaultId, Terms], now: datetime
+) -> dict[VaultId, _Counted]:
+    """Return vaults with their quotas and their limits with what was spent."""
+    limits = await spending_limits(connection, states, now) if states else {}
+    for state in states:
+        limit, quota = limits.get(state.vault_id), found.get(state.vault_id)
+        state.policies = () if limit is None else (limit,)
+        if quota is not None:
+            state.quota, state.credits = quota.quota, quota.credits
+    return {state.vault_id: _Counted(state, limits.get(state.vault_id)) for state in states}
 
 
 def _still_rules(known: VaultState, state: VaultState, now: datetime, *, credited: bool) -> bool:

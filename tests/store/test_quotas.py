@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from random import Random
 from typing import Final
 
@@ -22,7 +23,7 @@ from callora.ledger.commands import (
     expire,
     release,
 )
-from callora.ledger.ids import ApiKeyId
+from callora.ledger.ids import ApiKeyId, VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import (
     HoldClosed,
@@ -39,10 +40,12 @@ from callora.ledger.outcomes import (
 )
 from callora.ledger.quota import month_of
 from callora.ledger.rounds import RoundResult, Share
+from callora.ledger.spending import PERIODS
 from callora.ledger.vault import VaultState
 from callora.store import usage
-from callora.store.bridge import Database, open_database
+from callora.store.bridge import Connection, Database, open_database
 from callora.store.reads.quotas import QuotaView, quota_of
+from callora.store.reads.spending import spending_limits
 from callora.store.rollup import advance
 from callora.store.rounds import LINE_SETTINGS
 from callora.store.vaults import VaultStore
@@ -163,6 +166,61 @@ async def other(at: Spenders, process: Process, database_url: str) -> AsyncItera
     async with open_database(database_url) as database, trio.open_nursery() as nursery:
         yield await nursery.start(run_process, at, database)
         nursery.cancel_scope.cancel()
+
+
+# --- many at once -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_vaults_counted_together_are_told_what_each_would_be_told_alone(
+    at: Spenders, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random, ledger, vaults = Random(seed), at.ledger, [at]
+    store, queries = ledger.store, list[int]()
+    for _ in range(11):
+        keys = [ApiKeyId(ledger.ids.uuid7()) for _ in range(3)]
+        vault = await spenders(ledger, keys=keys)
+        for period in random.sample(PERIODS, random.choice((0, 0, 1, 2))):
+            await vault.limit(period, random.randint(1, 1000), random.choice((None, *keys)))
+        if random.random() < 0.8:
+            plan = SetPlan(random.choice(("ten", "hundred", "paying", "none")), Stroops(0), "r")
+            assert isinstance(await ledger.locked(vault.vault_id, plan), PlanSet)
+        if random.random() < 0.5:
+            grant = GrantQuota(ledger.ids.uuid7(), "promo", random.randint(1, 50), "g", at.now() + timedelta(days=60))
+            assert not isinstance(await ledger.locked(vault.vault_id, grant), VaultMissing)
+        for key in random.sample(keys, random.randint(0, 2)):
+            cap = "UPDATE api_keys SET monthly_credit_cap = $2 WHERE api_key_id = $1"
+            await ledger.database.execute(cap, key, random.randint(0, 9))
+        for key in keys:
+            event_id = await vault.place(random.randint(0, 100), key)
+            if random.random() < 0.5:
+                await vault.close(capture(event_id, Stroops(0), Stroops(0), DELIVERED))
+        vaults.append(vault)
+        ledger.clock.advance(random.choice((1, 30, 90_000)))
+        await usage.ensure_partitions(ledger.database, at.now())
+        await advance(ledger.database, at.now(), span=timedelta(days=400))
+
+    async def counting(connection: Connection, states: Sequence[VaultState], now: datetime) -> object:
+        queries.append(len(states))
+        return await spending_limits(connection, states, now)
+
+    async def guarded(vault: Spenders, *, credited: bool) -> None:
+        state = (await store.load_vaults([vault.vault_id]))[vault.vault_id]
+        told[vault.vault_id] = await store.load_guarded(state, None, credited=credited, refusing=True)
+
+    credited = {vault.vault_id: random.random() < 0.5 for vault in vaults}
+    monkeypatch.setattr("callora.store.vaults.spending_limits", counting)
+    told: dict[VaultId, VaultState] = {}
+    async with trio.open_nursery() as nursery:
+        for vault in vaults:
+            nursery.start_soon(partial(guarded, vault, credited=credited[vault.vault_id]))
+    together, told = told, {}
+    assert max(queries) > 3, "not one by one"
+    for vault in vaults:
+        await guarded(vault, credited=credited[vault.vault_id])
+    assert together == told
+    assert any(each.policies for each in told.values())
+    assert any(each.quota is not None and each.quota.caps for each in told.values())
 
 
 # --- burning ----------------------------------------------------------------------------------------------------------

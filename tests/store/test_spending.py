@@ -25,6 +25,7 @@ from callora.ledger.outcomes import (
 )
 from callora.ledger.rounds import CLEAN
 from callora.ledger.spending import LENGTHS, PERIODS, Period
+from callora.ledger.vault import VaultState
 from callora.store import usage
 from callora.store.bridge import Connection, Database, open_database
 from callora.store.reads.calls import least_id
@@ -109,17 +110,17 @@ class Spenders:
         await set_limit(self.ledger.database, self.vault_id, key, period, Stroops(amount), self.owner, self.now())
 
 
-async def spenders(ledger: RealLedger, balance: int = 10**12) -> Spenders:
+async def spenders(ledger: RealLedger, balance: int = 10**12, keys: Sequence[ApiKeyId] = (KEY, OTHER_KEY)) -> Spenders:
     vault_id = await ledger.vault(balance)
     owner = UserId(str(await ledger.database.fetch_value("SELECT user_id FROM vaults WHERE vault_id = $1", vault_id)))
-    for number, key in enumerate((KEY, OTHER_KEY)):
+    for key in keys:
         await ledger.database.execute(
             "INSERT INTO api_keys (api_key_id, user_id, vault_id, prefix, key_hash, last4)"
-            " VALUES ($1, $2, $3, 'ck_test_0000000' || $4::text, sha256($4::text::bytea), 'abcd')",
+            " VALUES ($1, $2, $3, 'ck_test_' || $4::text, sha256($4::text::bytea), 'abcd')",
             key,
             owner,
             vault_id,
-            str(number),
+            key[-8:],
         )
     return Spenders(ledger, vault_id, owner)
 
@@ -381,9 +382,9 @@ async def test_what_other_processes_hold_and_close_is_not_counted_anew(
 ) -> None:
     counts: list[VaultId] = []
 
-    async def counting(connection: Connection, vault_id: VaultId, now: datetime, placed: int) -> object:
-        counts.append(vault_id)
-        return await spending_limits(connection, vault_id, now, placed)
+    async def counting(connection: Connection, vaults: Sequence[VaultState], now: datetime) -> object:
+        counts.extend(vault.vault_id for vault in vaults)
+        return await spending_limits(connection, vaults, now)
 
     monkeypatch.setattr("callora.store.vaults.spending_limits", counting)
     await at.limit("day", 1000)

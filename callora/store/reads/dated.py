@@ -19,12 +19,22 @@ SET LOCAL enable_mergejoin = off; SET LOCAL jit = off; SET LOCAL plan_cache_mode
 """
 """One plan for all, which has no other way than the keys: bitmaps off leave the index of dates out."""
 
-EVENT_OF: Final = "(SELECT * FROM usage_events WHERE vault_id = $1 AND event_id = {}.event_id OFFSET 0)"
+EVENT_OF: Final = "(SELECT * FROM usage_events WHERE vault_id = v.vault_id AND event_id = {}.event_id OFFSET 0)"
 """One event of the vault, by its key: OFFSET 0 keeps the planner from beginning with all of the vault's."""
 
 
+def of_each(vaults: str, statement: str) -> str:
+    """Return the statement that looks at one vault after another.
+
+    Args:
+        vaults: the vaults, as a relation `v` with a column `vault_id`, and more where more is asked of each.
+        statement: what is looked for in the vault `v.vault_id`.
+    """
+    return f"SELECT v.vault_id, found.* FROM {vaults}, LATERAL ({statement}) AS found"  # noqa: S608
+
+
 def dated_events(columns: str, since: str, until: str | None = None) -> str:
-    """Return the subquery of a vault's events placed in [since, until).
+    """Return the subquery of the events of the vault `v.vault_id` placed in [since, until).
 
     Args:
         columns: of usage_events, separated by commas.
@@ -40,8 +50,8 @@ def dated_events(columns: str, since: str, until: str | None = None) -> str:
         near += f" AND event_id < {most}"
         within += f" AND created_at < {until}"
     return f"""(
-        SELECT {columns} FROM usage_events WHERE vault_id = $1 AND {near} AND {within}
+        SELECT {columns} FROM usage_events WHERE vault_id = v.vault_id AND {near} AND {within}
         UNION ALL
         SELECT {columns} FROM usage_events
-        WHERE vault_id = $1 AND {within} AND has_strayed(event_id, created_at) AND {beyond}
+        WHERE vault_id = v.vault_id AND {within} AND has_strayed(event_id, created_at) AND {beyond}
     )"""  # noqa: S608 - names of ours

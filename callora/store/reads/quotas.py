@@ -1,6 +1,6 @@
 """What a vault's quota is: for the decision on a hold, and as people see it."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from datetime import datetime
 from typing import Final
 
@@ -8,11 +8,12 @@ import attrs
 
 from callora.ledger.ids import ApiKeyId, VaultId
 from callora.ledger.quota import GrantLine, KeyCap, Overage, Quota, month_of, settle
+from callora.ledger.vault import VaultState
 from callora.store.bridge import Connection, Database
-from callora.store.reads.dated import EVENT_OF, dated_events
+from callora.store.reads.dated import EVENT_OF, dated_events, of_each
 
 _TERMS: Final = """
-SELECT v.credits, v.plan_id, p.monthly_credits, p.overage,
+SELECT v.vault_id, v.credits, v.plan_id, p.monthly_credits, p.overage,
        CASE WHEN isfinite(v.quota_until) THEN v.quota_until END AS until,
        v.quota_until <= $2 OR p.monthly_credits > 0 AND NOT EXISTS (
            SELECT FROM quota_grants g
@@ -22,32 +23,37 @@ SELECT v.credits, v.plan_id, p.monthly_credits, p.overage,
        EXISTS (SELECT FROM quota_grants g WHERE g.vault_id = v.vault_id) AS ever_granted,
        ARRAY(SELECT (k.api_key_id, k.monthly_credit_cap) FROM api_keys k
              WHERE k.vault_id = v.vault_id AND k.monthly_credit_cap IS NOT NULL) AS caps
-FROM vaults v JOIN plans p ON p.plan_id = v.plan_id WHERE v.vault_id = $1
+FROM vaults v JOIN plans p ON p.plan_id = v.plan_id WHERE v.vault_id = ANY ($1::uuid[])
 """
 
 # A month begins with a day and a minute, so sums of whole days and minutes are exact, and what is not final yet is read
 # from the events. `spending` says how the parts meet.
-BURNT: Final = f"""
+BURNT: Final = of_each(
+    "(SELECT vault_id, array_agg(api_key_id) AS keys FROM unnest($1::uuid[], $2::uuid[]) AS k (vault_id, api_key_id)"
+    " GROUP BY vault_id) AS v",
+    f"""
 WITH recent AS MATERIALIZED (
     SELECT u.* FROM usage_rollup r, LATERAL {
-    dated_events("api_key_id, created_at, state, held_credits, credits", "greatest($3, r.done_until)")
-} AS u
+        dated_events("api_key_id, created_at, state, held_credits, credits", "greatest($3, r.done_until)")
+    } AS u
 )
 SELECT k.api_key_id,
        (coalesce((SELECT sum(s.credits) FROM usage_days s
-                  WHERE s.vault_id = $1 AND s.api_key_id = k.api_key_id AND s.day >= $3 AND s.day < r.last_day), 0)
+                  WHERE s.vault_id = v.vault_id AND s.api_key_id = k.api_key_id
+                        AND s.day >= $3 AND s.day < r.last_day), 0)
         + coalesce((SELECT sum(s.credits) FROM usage_minutes s
-                    WHERE s.vault_id = $1 AND s.api_key_id = k.api_key_id AND s.minute >= greatest($3, r.last_day)
-                          AND s.minute < r.done_until), 0)
+                    WHERE s.vault_id = v.vault_id AND s.api_key_id = k.api_key_id
+                          AND s.minute >= greatest($3, r.last_day) AND s.minute < r.done_until), 0)
         + coalesce((SELECT sum(CASE u.state WHEN 'held' THEN u.held_credits ELSE u.credits END) FROM recent u
                     WHERE u.api_key_id = k.api_key_id), 0)
         + coalesce((SELECT sum(CASE u.state WHEN 'held' THEN u.held_credits ELSE u.credits END)
-                    FROM (SELECT event_id FROM usage_open WHERE vault_id = $1 OFFSET 0) AS o,
+                    FROM (SELECT event_id FROM usage_open WHERE vault_id = v.vault_id OFFSET 0) AS o,
                          LATERAL {EVENT_OF.format("o")} AS u
                     WHERE u.api_key_id = k.api_key_id AND u.created_at >= $3), 0))::bigint AS burnt
-FROM unnest($2::uuid[]) AS k (api_key_id),
+FROM unnest(v.keys) AS k (api_key_id),
      (SELECT done_until, date_trunc('day', done_until, 'UTC') AS last_day FROM usage_rollup) AS r
-"""  # noqa: S608 - names of ours
+""",  # noqa: S608 - names of ours
+)
 
 _LIVE: Final = """
 SELECT grant_id, source, amount, remaining, created_at, expires_at FROM quota_grants
@@ -64,28 +70,45 @@ class Terms:
     due: bool
 
 
-async def terms(connection: Connection, vault_id: VaultId, now: datetime, placed: int, *, wanted: bool) -> Terms | None:
-    """Return a vault's quota, or None where it has no grants and none are wanted.
+async def terms(
+    connection: Connection, vaults: Sequence[VaultState], now: datetime, wanted: Container[VaultId]
+) -> dict[VaultId, Terms]:
+    """Return the quotas of vaults, of those that have grants and those of which they are wanted.
 
     Args:
         connection: inside a transaction that goes `BY_VAULT`.
-        placed: credits that were ever set aside for the vault, read before.
-        wanted: whether something priced in credits is to be decided.
+        vaults: as they were read before.
+        wanted: in which of them something priced in credits is to be decided.
 
     Raises:
         StoreUnavailable: nothing was read.
     """
-    row = await connection.fetch_row(_TERMS, vault_id, now)
-    assert row is not None, "the caller has read it"
-    if not (wanted or row["ever_granted"]):
-        return None
+    rows = await connection.fetch(_TERMS, [vault.vault_id for vault in vaults], now)
+    found = {VaultId(str(row["vault_id"])): row for row in rows}
+    granted = [
+        (vault, found[vault.vault_id])
+        for vault in vaults
+        if vault.vault_id in wanted or found[vault.vault_id]["ever_granted"]
+    ]
+    capped = [(vault.vault_id, api_key_id) for vault, row in granted for api_key_id, _ in row["caps"]]
     start, following = month_of(now)
-    limits = {ApiKeyId(str(api_key_id)): cap for api_key_id, cap in row["caps"]}
-    burnt = await connection.fetch(BURNT, vault_id, list(limits), start) if limits else []
-    keys = [(ApiKeyId(str(each["api_key_id"])), each["burnt"]) for each in burnt]
-    caps = {api_key_id: KeyCap(limits[api_key_id], used) for api_key_id, used in keys}
-    quota = Quota(row["granted"], row["monthly_credits"], row["overage"], following, caps, now, row["until"], placed)
-    return Terms(quota, row["credits"], row["due"])
+    burnt = await connection.fetch(BURNT, *zip(*capped, strict=True), start) if capped else []
+    used = {ApiKeyId(str(each["api_key_id"])): each["burnt"] for each in burnt}
+    result: dict[VaultId, Terms] = {}
+    for vault, row in granted:
+        keys = [(ApiKeyId(str(api_key_id)), cap) for api_key_id, cap in row["caps"]]
+        quota = Quota(
+            row["granted"],
+            row["monthly_credits"],
+            row["overage"],
+            following,
+            {api_key_id: KeyCap(cap, used[api_key_id]) for api_key_id, cap in keys},
+            now,
+            row["until"],
+            vault.placed_credits,
+        )
+        result[vault.vault_id] = Terms(quota, row["credits"], row["due"])
+    return result
 
 
 @attrs.frozen
@@ -122,7 +145,7 @@ async def quota_of(database: Database, vault_id: VaultId, now: datetime) -> Quot
         StoreUnavailable: nothing was read.
     """
     async with database.transaction() as connection:
-        row = await connection.fetch_row(_TERMS, vault_id, now)
+        row = await connection.fetch_row(_TERMS, [vault_id], now)
         if row is None:
             return None
         rows = await connection.fetch(_LIVE, vault_id)

@@ -13,6 +13,7 @@ A rebuild of the sums takes minutes out and moves `done_until` back with them, s
 more is read from the events.
 """
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Final
 
@@ -21,9 +22,10 @@ import attrs
 from callora.ledger.ids import ApiKeyId, VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.spending import LENGTHS, PERIODS, Period, Spending, SpendingLimits, in_order
+from callora.ledger.vault import VaultState
 from callora.store.bridge import Connection
 from callora.store.bridge import Database as Database  # HTTP names what it passes on
-from callora.store.reads.dated import BY_VAULT, EVENT_OF, dated_events
+from callora.store.reads.dated import BY_VAULT, EVENT_OF, dated_events, of_each
 
 _COSTS: Final = "CASE u.state WHEN 'held' THEN u.held_amount ELSE coalesce(u.amount, 0) END"
 
@@ -58,11 +60,13 @@ edges AS MATERIALIZED (
           FROM {dated_events("api_key_id, created_at, state, held_amount, amount", "(SELECT since FROM span)")} AS u
           UNION ALL
           SELECT u.api_key_id, u.created_at, {_COSTS}
-          FROM (SELECT event_id FROM usage_open WHERE vault_id = $1 OFFSET 0) AS o, LATERAL {EVENT_OF.format("o")} AS u
+          FROM (SELECT event_id FROM usage_open WHERE vault_id = v.vault_id OFFSET 0) AS o,
+               LATERAL {EVENT_OF.format("o")} AS u
           UNION ALL
           SELECT u.api_key_id, u.created_at, -r.amount
           FROM (SELECT event_id, amount FROM ledger_entries
-                WHERE vault_id = $1 AND kind = 'refund' AND created_at > (SELECT start FROM span) OFFSET 0) AS r,
+                WHERE vault_id = v.vault_id AND kind = 'refund' AND created_at > (SELECT start FROM span)
+                OFFSET 0) AS r,
                LATERAL {EVENT_OF.format("r")} AS u) AS parts
     GROUP BY 1, 2
 ), first_minutes AS MATERIALIZED (
@@ -70,7 +74,7 @@ edges AS MATERIALIZED (
     FROM edges e,
          LATERAL {dated_events("event_id, api_key_id, created_at, state, amount", "e.start", "e.first_minute")} AS u
     WHERE e.period = 'day' AND u.created_at > e.start AND u.created_at < e.done AND u.state = 'captured'
-          AND NOT EXISTS (SELECT FROM usage_open o WHERE o.vault_id = $1 AND o.event_id = u.event_id)
+          AND NOT EXISTS (SELECT FROM usage_open o WHERE o.vault_id = v.vault_id AND o.event_id = u.event_id)
 )"""  # noqa: S608 - names of ours
 
 _FINAL: Final = (
@@ -101,7 +105,7 @@ def _spent(days: str, whose: str, of_event: str) -> str:
     return f"({' + '.join(parts)})::bigint"
 
 
-_OF_KEY: Final = "s.vault_id = $1 AND s.api_key_id = w.api_key_id"
+_OF_KEY: Final = "s.vault_id = v.vault_id AND s.api_key_id = w.api_key_id"
 
 
 def _counted(wanted: str, limit: str) -> str:
@@ -111,24 +115,27 @@ def _counted(wanted: str, limit: str) -> str:
         wanted: the rows (api_key_id, NULL for the whole vault; period) that are asked for.
         limit: the limit of a row `w` of these.
     """
-    return f"""
+    return of_each(
+        "unnest($1::uuid[]) AS v (vault_id)",
+        f"""
 WITH wanted AS MATERIALIZED ({wanted}), {_PARTS}
 SELECT w.api_key_id, w.period, {limit} AS amount,
-       CASE WHEN w.api_key_id IS NULL THEN {_spent("vault_days", "s.vault_id = $1", "")}
+       CASE WHEN w.api_key_id IS NULL THEN {_spent("vault_days", "s.vault_id = v.vault_id", "")}
             ELSE {_spent("usage_days", _OF_KEY, "AND u.api_key_id = w.api_key_id")} END AS spent
 FROM wanted w JOIN edges e ON e.period = w.period
-"""  # noqa: S608 - our own text
+""",  # noqa: S608 - our own text
+    )
 
 
 LIMITS: Final = _counted(
-    "SELECT api_key_id, period, amount FROM spending_limits WHERE vault_id = $1",
+    "SELECT api_key_id, period, amount FROM spending_limits WHERE vault_id = v.vault_id",
     "w.amount",
 )
 
 ACCOUNT: Final = _counted(
     "SELECT $4::uuid AS api_key_id, p AS period FROM unnest($2::text[]) AS p",
     """(SELECT l.amount FROM spending_limits l
-        WHERE l.vault_id = $1 AND l.api_key_id IS NOT DISTINCT FROM w.api_key_id AND l.period = w.period)""",
+        WHERE l.vault_id = v.vault_id AND l.api_key_id IS NOT DISTINCT FROM w.api_key_id AND l.period = w.period)""",
 )
 
 
@@ -147,27 +154,30 @@ class Account:
 
 
 async def spending_limits(
-    connection: Connection, vault_id: VaultId, now: datetime, placed: int
-) -> SpendingLimits | None:
-    """Return the limits of a vault and its keys with what was spent, or None where there are none.
+    connection: Connection, vaults: Sequence[VaultState], now: datetime
+) -> dict[VaultId, SpendingLimits]:
+    """Return the limits of vaults and their keys with what was spent, of those vaults that have any.
 
     Args:
         connection: inside a transaction that goes `BY_VAULT`.
-        placed: stroops that were ever set aside for the vault, read before.
+        vaults: as they were read before.
 
     Raises:
         StoreUnavailable: nothing was read.
     """
-    found: dict[ApiKeyId | None, list[Spending]] = {}
-    for row in await connection.fetch(LIMITS, vault_id, PERIODS, _starts(now)):
+    found: dict[VaultId, dict[ApiKeyId | None, list[Spending]]] = {}
+    for row in await connection.fetch(LIMITS, [vault.vault_id for vault in vaults], PERIODS, _starts(now)):
         whose = None if row["api_key_id"] is None else ApiKeyId(str(row["api_key_id"]))
-        found.setdefault(whose, []).append(Spending(row["period"], Stroops(row["amount"]), Stroops(row["spent"])))
-    if not found:
-        return None
-    of_vault = in_order(found.pop(None, []))
-    return SpendingLimits(
-        of_vault, {key: in_order(each) for key, each in found.items() if key is not None}, now, placed
-    )
+        of_vault = found.setdefault(VaultId(str(row["vault_id"])), {})
+        of_vault.setdefault(whose, []).append(Spending(row["period"], Stroops(row["amount"]), Stroops(row["spent"])))
+    return {
+        vault.vault_id: _limits(found[vault.vault_id], now, vault.placed) for vault in vaults if vault.vault_id in found
+    }
+
+
+def _limits(spent: Mapping[ApiKeyId | None, Sequence[Spending]], now: datetime, placed: int) -> SpendingLimits:
+    of_keys = {key: in_order(each) for key, each in spent.items() if key is not None}
+    return SpendingLimits(in_order(spent.get(None, ())), of_keys, now, placed)
 
 
 async def account(
@@ -190,7 +200,7 @@ async def counted(
 ) -> tuple[Account, ...]:
     """Do the same inside a transaction, which goes `BY_VAULT` from then on."""
     await connection.execute(BY_VAULT)
-    rows = await connection.fetch(ACCOUNT, vault_id, PERIODS, _starts(now), api_key_id)
+    rows = await connection.fetch(ACCOUNT, [vault_id], PERIODS, _starts(now), api_key_id)
     found = {row["period"]: row for row in rows}
     return tuple(
         Account(
