@@ -11,7 +11,7 @@ from typing import Final
 import trio
 
 import callora.__main__  # noqa: F401 - garbage is collected as the service has it collected
-from callora.config import load_settings
+from callora.config.loading import load_settings
 from callora.http.gateway.admission import Caller, Offer, Upstream
 from callora.http.gateway.calls import Call, CallFlow
 from callora.ledger.commands import IdempotencyClaim

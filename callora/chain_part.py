@@ -27,7 +27,7 @@ from callora.actors.sources import RetrySettings, Source
 from callora.actors.submitter import BID_MAX, Submitter
 from callora.actors.supervisor import Supervisor
 from callora.actors.treasury import Treasury, TreasurySettings, make_treasury
-from callora.config import Settings
+from callora.config.settings import Settings
 from callora.ledger.chain import Envelope
 from callora.ledger.clock import Clock
 from callora.ledger.faults import ChainMismatch, leaves_of

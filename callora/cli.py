@@ -18,7 +18,9 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from callora.config import ConfigurationInvalid, RedisAddress, Settings, load_settings
+from callora.config.forms import RedisAddress
+from callora.config.loading import ConfigurationInvalid, load_settings
+from callora.config.settings import Settings
 from callora.http.gateway.listener import open_listener
 from callora.ledger.faults import CalloraFault, ChainMismatch, leaves_of
 from callora.ledger.money import format_usdc

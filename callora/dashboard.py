@@ -41,7 +41,7 @@ from callora.actors.usage_notices import UsageNotices
 from callora.actors.vaults import VaultOpening
 from callora.actors.webhook_desk import WebhookDesk
 from callora.actors.webhooks import Teller
-from callora.config import Settings
+from callora.config.settings import Settings
 from callora.http.gateway.admission import Admission
 from callora.http.rest.admin_keys import admin_keys_routes
 from callora.http.rest.alerts import alert_routes

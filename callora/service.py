@@ -38,7 +38,7 @@ from callora.actors.shared_limiter import SharedLimiter
 from callora.actors.supervisor import Supervisor
 from callora.actors.webhooks import SLOW_TURNS_MAX, TURNS_MAX, Teller, Webhooks
 from callora.actors.writer import Writer
-from callora.config import Settings
+from callora.config.settings import Settings
 from callora.dashboard import Desk, make_dashboard, signing
 from callora.http.gateway.admission import Admission
 from callora.http.gateway.aliases import Aliases

@@ -11,7 +11,7 @@ import attrs
 import trio
 
 from callora.chain_part import open_counter
-from callora.config import Settings
+from callora.config.settings import Settings
 from callora.ledger.clock import Clock
 from callora.ledger.faults import ChainMismatch
 from callora.service import Budget, Context, chain_desk, open_ledger

@@ -8,7 +8,9 @@ import pytest
 from pydantic import ValidationError
 from stellar_sdk import StrKey
 
-from callora.config import SETTINGS, ConfigurationInvalid, RedisAddress, Settings, load_settings
+from callora.config.forms import RedisAddress
+from callora.config.loading import ConfigurationInvalid, load_settings
+from callora.config.settings import SETTINGS, Settings
 from callora.ledger.wallets import make_seed
 from callora.logs import mask, redact
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from callora.config import ConfigurationInvalid, load_settings
+from callora.config.loading import ConfigurationInvalid, load_settings
 
 TOKEN = "s" * 32
 

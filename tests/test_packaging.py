@@ -23,7 +23,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from callora.config import SETTINGS, load_settings
+from callora.config.loading import load_settings
+from callora.config.settings import SETTINGS
 from callora.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent

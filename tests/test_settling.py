@@ -7,7 +7,8 @@ import pytest
 import trio
 
 from callora.chain_part import examine
-from callora.config import Settings, load_settings
+from callora.config.loading import load_settings
+from callora.config.settings import Settings
 from callora.ledger.faults import ChainMismatch
 from callora.logs import Logs
 from callora.sandbox import SandboxFacts

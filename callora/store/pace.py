@@ -29,7 +29,7 @@ from coredis.exceptions import ConnectionError as ConnectionLost
 from coredis.exceptions import NoScriptError, RedisError, ResponseError
 from structlog.typing import FilteringBoundLogger
 
-from callora.config import RedisAddress
+from callora.config.forms import RedisAddress
 from callora.ledger.faults import RateStoreFault, RateStoreUnavailable
 from callora.ledger.ids import ApiKeyId, UserId
 from callora.ledger.limits import Limit, SharedCount, Standing, stand

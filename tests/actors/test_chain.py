@@ -16,7 +16,8 @@ from stellar_sdk import scval
 from callora.actors.chain import CHECK_SECONDS_MAX, HEAD_SECONDS, Chain
 from callora.actors.supervisor import Supervisor
 from callora.chain_part import keep, make_chain
-from callora.config import PASSPHRASES, load_settings
+from callora.config.loading import load_settings
+from callora.config.settings import PASSPHRASES
 from callora.ledger.chain import Applied, ContractFault, Envelope, NotSeen, OutsideRange
 from callora.ledger.faults import ChainMismatch, ChainOutcomeUnknown, ChainUnavailable
 from callora.logs import Logs

@@ -16,7 +16,7 @@ from callora.actors.submitter import BID_MAX, Submitter
 from callora.actors.treasury import Treasury, TreasurySettings, make_treasury
 from callora.actors.treasury_answers import Expired, Prepared
 from callora.chain_part import make_chain
-from callora.config import load_settings
+from callora.config.loading import load_settings
 from callora.ledger.chain import Envelope
 from callora.ledger.ids import UserId, VaultId
 from callora.ledger.money import Stroops

@@ -14,7 +14,7 @@ from stellar_sdk import Account, Asset, TransactionBuilder
 from callora.actors.breaker import BreakerSettings
 from callora.actors.chain import same_network
 from callora.actors.sources import JITTER, PAUSE_SECONDS_MAX, STALE_LEDGERS, RetrySettings, Source
-from callora.config import PASSPHRASES
+from callora.config.settings import PASSPHRASES
 from callora.ledger.chain import Envelope
 from callora.ledger.faults import ChainMismatch, ChainOutcomeUnknown, ChainUnavailable
 from callora.logs import Logs

@@ -10,7 +10,7 @@ import httpx
 import pytest
 import trio
 
-from callora.config import PASSPHRASES
+from callora.config.settings import PASSPHRASES
 from callora.ledger.faults import ChainMismatch
 from callora.ledger.money import parse_usdc
 from tests.support.nodes import ENVIRON, HORIZON_ROOT, RpcScript, ScriptedNode, as_html, as_json, scripted_rpc

@@ -16,7 +16,7 @@ from quart_trio import QuartTrio
 from trio.testing import MockClock
 from werkzeug.datastructures import Headers
 
-from callora.config import load_settings
+from callora.config.loading import load_settings
 from callora.http.problems import ProblemRaised
 from callora.http.rest.app import create_app
 from callora.http.rest.deps import RestDeps

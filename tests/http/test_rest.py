@@ -18,7 +18,7 @@ from quart.testing.utils import sentinel
 from quart_trio import QuartTrio
 from werkzeug.datastructures import Headers
 
-from callora.config import load_settings
+from callora.config.loading import load_settings
 from callora.http.problems import ProblemRaised
 from callora.http.rest.app import RestDeps, create_app, serve_rest
 from callora.http.rest.health import Health, health_routes

@@ -11,7 +11,7 @@ import attrs
 import pytest
 from stellar_sdk import Keypair, TransactionEnvelope
 
-from callora.config import load_settings
+from callora.config.loading import load_settings
 from callora.ledger.chain import Applied
 from callora.ledger.commands import Refund
 from callora.ledger.ids import EventId

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from callora.config import load_settings
+from callora.config.loading import load_settings
 from callora.outbound.addresses import (
     AddressPolicy,
     Resolver,

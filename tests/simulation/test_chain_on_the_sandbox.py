@@ -19,7 +19,7 @@ from callora.actors.chain import Chain
 from callora.actors.follower import Store, Tools
 from callora.actors.submitter import BID_MAX, TIME_BOUND_SECONDS, Submitter
 from callora.chain_part import make_chain
-from callora.config import load_settings
+from callora.config.loading import load_settings
 from callora.ledger.chain import Applied, ContractFault, Envelope
 from callora.ledger.faults import CalloraFault
 from callora.ledger.submission import OPEN

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stellar_sdk import Account, Asset, TransactionBuilder, TransactionEnvelope
 
-from callora.config import PASSPHRASES
+from callora.config.settings import PASSPHRASES
 from callora.ledger.chain import Envelope
 from callora.stellar.contracts import build
 from callora.stellar.envelopes import Signer, Unreadable, bump, inclusion_fee, read, seal, signed_same

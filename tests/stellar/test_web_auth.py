@@ -29,7 +29,7 @@ from stellar_sdk.asset import Asset
 from stellar_sdk.memo import Memo
 from stellar_sdk.sep.stellar_web_authentication import build_challenge_transaction
 
-from callora.config import PASSPHRASES
+from callora.config.settings import PASSPHRASES
 from callora.ledger.wallets import is_address, is_seed, make_seed
 from callora.stellar.proofs import Proof, ProofRefused, signed_message
 from callora.stellar.web_auth import CHALLENGE_SECONDS, WebAuth
@@ -328,7 +328,7 @@ def test_the_key_of_nobody_signs_nothing() -> None:
 
 _LOADED: Final = """
 import sys, trio
-from callora.config import load_settings
+from callora.config.loading import load_settings
 from callora.logs import Logs
 from callora.service import Context, Serving, SystemClock, serve
 

@@ -19,7 +19,8 @@ import trustme
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from callora.config import RedisAddress, load_settings
+from callora.config.forms import RedisAddress
+from callora.config.loading import load_settings
 from callora.ledger.faults import RateStoreUnavailable
 from callora.ledger.ids import ApiKeyId, UserId
 from callora.ledger.limits import Limit, Standing

@@ -13,7 +13,7 @@ import httpx
 import trio
 from stellar_sdk import Keypair, StrKey, TransactionEnvelope, scval, xdr
 
-from callora.config import PASSPHRASES
+from callora.config.settings import PASSPHRASES
 from callora.stellar.transport import Transport
 from tests.support.upstream import Exchange, Handler, RawUpstream, raw_upstream, respond
 

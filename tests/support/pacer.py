@@ -13,7 +13,7 @@ import attrs
 import structlog
 import trio
 
-from callora.config import load_settings
+from callora.config.loading import load_settings
 from callora.ledger.faults import RateStoreUnavailable
 from callora.ledger.ids import ApiKeyId, UserId
 from callora.ledger.limits import Limit

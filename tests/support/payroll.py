@@ -21,7 +21,7 @@ from callora.actors.revenue import RevenueIndexer
 from callora.actors.settlement import Settlements, SettlementSettings
 from callora.actors.submitter import BID_MAX, Submitter
 from callora.chain_part import make_chain
-from callora.config import load_settings
+from callora.config.loading import load_settings
 from callora.ledger.ids import DeveloperId, Ids
 from callora.ledger.money import Stroops
 from callora.sandbox import SandboxFacts

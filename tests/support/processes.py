@@ -20,7 +20,7 @@ import attrs
 import psutil
 import trio
 
-from callora.config import SETTINGS
+from callora.config.settings import SETTINGS
 from callora.ledger.money import parse_usdc
 from tests.support.client import BodyReader, ClosedEarly, Head, Malformed, Wire, request_bytes
 from tests.support.service import GENEROUS

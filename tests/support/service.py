@@ -9,7 +9,7 @@ import attrs
 import trio
 
 from callora.chain_part import ChainPart
-from callora.config import load_settings
+from callora.config.loading import load_settings
 from callora.http.gateway.calls import CallFlow
 from callora.ledger.commands import Deposit
 from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, UserId, VaultId

@@ -7,7 +7,7 @@ import attrs
 from structlog.typing import FilteringBoundLogger
 
 from callora.actors.sources import Health
-from callora.config import Settings
+from callora.config.settings import Settings
 from callora.ledger.clock import Clock
 from callora.metrics import Metrics
 

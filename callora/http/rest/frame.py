@@ -12,7 +12,7 @@ from typing import Any, Final
 import attrs
 import trio
 
-from callora.config import Settings
+from callora.config.settings import Settings
 from callora.http.problems import CONTENT_TYPE, PROBLEMS, problem_body
 from callora.http.rest.deps import RestDeps
 

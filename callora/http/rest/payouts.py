@@ -22,7 +22,7 @@ from callora.actors.payout_answers import (
     SubmitRefusal,
     TooManyOpen,
 )
-from callora.config import Settings
+from callora.config.settings import Settings
 from callora.http.problems import ProblemRaised
 from callora.http.rest.deposits import NOT_CONFIGURED, DepositTerms, Hash, Network, SignedXdr, sep7
 from callora.http.rest.forms import (

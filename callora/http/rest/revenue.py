@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 import attrs
 from pydantic import Field
 
-from callora.config import Settings
+from callora.config.settings import Settings
 from callora.http.problems import ProblemRaised
 from callora.http.rest.deposits import Hash, Network
 from callora.http.rest.forms import (

@@ -1,0 +1,1 @@
+"""Settings: from environment variables to values that agree with one another, a file a step."""
