@@ -12,7 +12,7 @@ gc.set_threshold(3_000, 2, 16_000)
 # it can be lost: raised in a callback of the import system it is printed and ignored.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from callora.cli import main  # noqa: E402 - after the lines that are about importing it
+from callora.cli.main import main  # noqa: E402 - after the lines that are about importing it
 
 if __name__ == "__main__":
     main()
