@@ -8,7 +8,7 @@ from typing import Final
 
 import click
 
-from callora.config import Settings
+from callora.config.settings import Settings
 from callora.service import SystemClock
 
 DATA_DIR: Final = Path(".callora")

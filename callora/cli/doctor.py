@@ -11,7 +11,9 @@ from rich.table import Table
 
 from callora.cli.database import data_dir_option, database_url
 from callora.cli.running import make_logs, run_and_exit
-from callora.config import ConfigurationInvalid, RedisAddress, Settings, load_settings
+from callora.config.forms import RedisAddress
+from callora.config.loading import ConfigurationInvalid, load_settings
+from callora.config.settings import Settings
 from callora.ledger.faults import CalloraFault
 from callora.service import Context, SystemClock
 

@@ -8,7 +8,8 @@ from typing import NoReturn
 import click
 import trio
 
-from callora.config import ConfigurationInvalid, Settings, load_settings
+from callora.config.loading import ConfigurationInvalid, load_settings
+from callora.config.settings import Settings
 from callora.ledger.faults import CalloraFault, ChainMismatch, leaves_of
 from callora.logs import Logs
 from callora.service import SystemClock
