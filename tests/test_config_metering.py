@@ -90,6 +90,13 @@ def test_wc17_no_two_sources_share_a_credential(environ: dict[str, str], said: s
     assert "token-0" not in "".join(found)
 
 
+@pytest.mark.parametrize("text", ["0", "secret", '{"EXPORTER_TOKEN_N0": "secret"}'])
+def test_a_credential_without_a_name_is_named_and_never_read(text: str) -> None:
+    (problem,) = problems({"EXPORTER_TOKEN_": text})
+    assert problem.startswith("EXPORTER_TOKEN_: is not a setting; must end in a name")
+    assert "secret" not in problem
+
+
 @pytest.mark.parametrize("name", ["PRICE_PER_BYTE", "INITIAL_INCLUDED_QUOTA_BYTES", "COLLECT_PAGE_SIZE"])
 @pytest.mark.parametrize("text", ["free", "-1", "1e-9", "NaN", "0,5"])
 def test_wc10_a_bad_number_stops_the_start_and_is_never_taken_for_nothing(name: str, text: str) -> None:

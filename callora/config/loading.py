@@ -41,12 +41,16 @@ def _unknown(environ: Mapping[str, str]) -> Iterator[str]:
         if name.upper().startswith(_PREFIX) and name not in known:
             near = difflib.get_close_matches(name.upper().removeprefix(_PREFIX), known, n=1)
             yield f"{name}: is not a setting" + (f"; did you mean {near[0]}?" if near else "")
+    if environ.get("EXPORTER_TOKEN_"):
+        yield "EXPORTER_TOKEN_: is not a setting; must end in a name of yours, as EXPORTER_TOKEN_NODE_1 does"
 
 
 def _read(environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """Return, by attribute, the variable that is set and its text."""
     found: dict[str, tuple[str, str]] = {}
     for attribute, setting in SETTINGS.items():
+        if attribute == "exporter_tokens":
+            continue  # what is documented is how the names of several begin
         keeps_empty = attribute in ("cors_allowed_origins", "upstream_host_allowlist")
         for name in setting.names:
             raw = environ.get(name)
