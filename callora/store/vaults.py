@@ -22,6 +22,7 @@ from callora.ledger.commands import (
     Withdraw,
 )
 from callora.ledger.debt import Purse, credited, debited, reviewed, stood
+from callora.ledger.faults import StoreRefused, StoreUnavailable
 from callora.ledger.ids import ApiKeyId, EventId, UserId, VaultId
 from callora.ledger.money import Stroops, format_usdc
 from callora.ledger.outcomes import (
@@ -72,6 +73,9 @@ SELECT vault_id, user_id, network, held, version, entry_seq, {COLUMNS},
        {", ".join(name for name in GUARDING if name != "owed")} FROM vaults
 WHERE vault_id = $1 FOR UPDATE
 """  # noqa: S608 - names of ours
+
+_LOCK_MANY: Final = "SELECT vault_id FROM vaults WHERE vault_id = ANY ($1::uuid[]) ORDER BY vault_id FOR UPDATE"
+"""In the order in which rounds lock them."""
 
 _EVENT: Final = """
 SELECT event_id, api_key_id, state::text AS state, held_amount, held_credits, coalesce(amount, 0) AS amount
@@ -147,6 +151,10 @@ LOADED_TOGETHER_MAX: Final = 10_000
 COUNTED_TOGETHER_MAX: Final = 64
 """Vaults in one query: a balance is some microseconds' work, a count about a millisecond's, and the last waits for the
 first."""
+RENEWED_TOGETHER_MAX: Final = 64
+"""Vaults whose grants are renewed in one database transaction, which keeps their rows locked."""
+RENEWALS_MAX: Final = 3
+"""How often a vault's grants may turn out to be due for one decision: once, or twice as a month ends."""
 
 
 @attrs.frozen
@@ -173,6 +181,7 @@ class VaultStore:
         self._commit_seconds_max = commit_seconds_max
         self._loads = Together(self._load, LOADED_TOGETHER_MAX)
         self._counts = Together(self._count, COUNTED_TOGETHER_MAX)
+        self._renewals = Together(self._renew, RENEWED_TOGETHER_MAX)
 
     async def load_vaults(self, vault_ids: Sequence[VaultId]) -> dict[VaultId, VaultState]:
         """Return the stored state of each vault that exists, as it is at some moment after this was called.
@@ -211,12 +220,31 @@ class VaultStore:
             if known.version == state.version and _is_fresh(known, now):
                 state.policies, state.quota = known.policies, known.quota
                 return state
-        (counted,) = await self._counts.ask((state, credited))
-        if counted is not None:
-            return counted.state
+        for _ in range(RENEWALS_MAX):
+            (counted,) = await self._counts.ask((state, credited))
+            if counted is not None:
+                return counted.state
+            (refused,) = await self._renewals.ask(state.vault_id)
+            if refused is not None:
+                raise refused
+            state = (await self.load_vaults([state.vault_id]))[state.vault_id]
+        raise StoreUnavailable("its grants are due however often they are renewed")
+
+    async def _renew(self, vault_ids: Sequence[VaultId]) -> Sequence[StoreRefused | None]:
+        """Renew vaults' grants; return what was refused of each, so that one is no other's fault."""
+        try:
+            await self._renew_all(vault_ids)
+        except StoreRefused as refused:
+            if len(vault_ids) == 1:
+                return [refused]
+            return [(await self._renew([vault_id]))[0] for vault_id in vault_ids]
+        return [None] * len(vault_ids)
+
+    async def _renew_all(self, vault_ids: Sequence[VaultId]) -> None:
         async with self._database.transaction() as connection:
-            row = cast(Row, await connection.fetch_row(_LOCK, state.vault_id))
-            return (await self._guard(connection, whole_state_of(row), credited=credited)).state
+            await connection.execute(BY_VAULT)
+            await connection.fetch(_LOCK_MANY, vault_ids)
+            await renew(connection, vault_ids, self._clock.now())
 
     async def _count(self, asked: Sequence[tuple[VaultState, bool]]) -> Sequence[_Counted | None]:
         """Return vaults with their rules, and None for those whose grants are to be renewed first."""
@@ -234,7 +262,7 @@ class VaultStore:
         await connection.execute(BY_VAULT)
         found = await terms(connection, [state], now, {state.vault_id} if credited else ())
         if state.vault_id in found and found[state.vault_id].due:
-            await renew(connection, state.vault_id, now)
+            await renew(connection, [state.vault_id], now)
             row = cast(Row, await connection.fetch_row(_LOCK, state.vault_id))
             state = whole_state_of(row)
             found = await terms(connection, [state], now, {state.vault_id})

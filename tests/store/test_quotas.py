@@ -23,6 +23,7 @@ from callora.ledger.commands import (
     expire,
     release,
 )
+from callora.ledger.faults import StoreRefused
 from callora.ledger.ids import ApiKeyId, VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import (
@@ -58,6 +59,12 @@ PLANS: Final = """
 INSERT INTO plans (plan_id, name, monthly_credits, overage) VALUES
     ('ten', 'Ten', 10, 'deny'), ('hundred', 'Hundred', 100, 'deny'), ('paying', 'Paying', 10, 'charge'),
     ('none', 'None', 0, 'deny')
+"""
+
+_PLANS_OF_MONTH: Final = """
+SELECT v.vault_id, count(g) AS grants, max(g.amount) AS given FROM vaults v
+LEFT JOIN quota_grants g ON g.vault_id = v.vault_id AND g.source = 'plan' AND g.ref LIKE $1 AND g.expires_at > $2
+GROUP BY v.vault_id
 """
 
 
@@ -175,8 +182,8 @@ async def other(at: Spenders, process: Process, database_url: str) -> AsyncItera
 async def test_vaults_counted_together_are_told_what_each_would_be_told_alone(
     at: Spenders, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    random, ledger, vaults = Random(seed), at.ledger, [at]
-    store, queries = ledger.store, list[int]()
+    random, ledger, store = Random(seed), at.ledger, at.ledger.store
+    vaults, queries = [at], list[int]()
     for _ in range(11):
         keys = [ApiKeyId(ledger.ids.uuid7()) for _ in range(3)]
         vault = await spenders(ledger, keys=keys)
@@ -208,19 +215,55 @@ async def test_vaults_counted_together_are_told_what_each_would_be_told_alone(
         state = (await store.load_vaults([vault.vault_id]))[vault.vault_id]
         told[vault.vault_id] = await store.load_guarded(state, None, credited=credited, refusing=True)
 
-    credited = {vault.vault_id: random.random() < 0.5 for vault in vaults}
     monkeypatch.setattr("callora.store.vaults.spending_limits", counting)
     told: dict[VaultId, VaultState] = {}
-    async with trio.open_nursery() as nursery:
+    for month in (at.now(), month_of(at.now())[1], month_of(at.now())[1]):
+        ledger.clock.at = month
+        await usage.ensure_partitions(ledger.database, month)
+        credited = {vault.vault_id: random.random() < 0.5 for vault in vaults}
+        async with trio.open_nursery() as nursery:
+            for vault in vaults:
+                nursery.start_soon(partial(guarded, vault, credited=credited[vault.vault_id]))
+        together, told = told, {}
+        assert max(queries) > 3, "not one by one"
         for vault in vaults:
-            nursery.start_soon(partial(guarded, vault, credited=credited[vault.vault_id]))
-    together, told = told, {}
-    assert max(queries) > 3, "not one by one"
+            await guarded(vault, credited=credited[vault.vault_id])
+        assert together == told
+        assert any(each.policies for each in told.values())
+        assert any(each.quota is not None and each.quota.caps for each in told.values())
+        rows = await ledger.database.fetch(_PLANS_OF_MONTH, f"{month:%Y-%m}/%", month)
+        given = {str(row["vault_id"]): (row["grants"], row["given"]) for row in rows}
+        for vault_id, state in told.items():
+            expected = (0, None) if state.quota is None or not state.quota.monthly else (1, state.quota.monthly)
+            assert given[vault_id] == expected
+        assert await wrong(at) == []
+
+
+async def test_a_vault_whose_grants_cannot_be_renewed_is_no_other_vaults_fault(at: Spenders) -> None:
+    ledger = at.ledger
+    vaults = [await spenders(ledger, keys=[ApiKeyId(ledger.ids.uuid7())]) for _ in range(5)]
     for vault in vaults:
-        await guarded(vault, credited=credited[vault.vault_id])
-    assert together == told
-    assert any(each.policies for each in told.values())
-    assert any(each.quota is not None and each.quota.caps for each in told.values())
+        assert isinstance(await ledger.locked(vault.vault_id, SetPlan("ten", Stroops(0), "r")), PlanSet)
+    await ledger.database.execute(
+        "CREATE FUNCTION refuse_it() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " RAISE EXCEPTION 'no' USING ERRCODE = 'check_violation'; END $$;"
+        "CREATE TRIGGER refused BEFORE INSERT ON quota_grants FOR EACH ROW"
+        f" WHEN (NEW.vault_id = '{vaults[2].vault_id}') EXECUTE FUNCTION refuse_it()"
+    )
+    came_to: dict[int, object] = {}
+
+    async def guarded(number: int) -> None:
+        state = (await ledger.store.load_vaults([vaults[number].vault_id]))[vaults[number].vault_id]
+        try:
+            came_to[number] = await ledger.store.load_guarded(state, None, credited=True, refusing=False)
+        except StoreRefused as refused:
+            came_to[number] = refused
+
+    async with trio.open_nursery() as nursery:
+        for number in range(len(vaults)):
+            nursery.start_soon(guarded, number)
+    assert isinstance(came_to.pop(2), StoreRefused)
+    assert [state.credits for state in came_to.values() if isinstance(state, VaultState)] == [10, 10, 10, 10]
 
 
 # --- burning ----------------------------------------------------------------------------------------------------------
