@@ -21,6 +21,7 @@ from callora.store.bridge import Database
 from callora.store.payouts import Payout
 from tests.simulation.support import METRICS
 from tests.support.chain_rows import set_network
+from tests.support.knife import Knife
 from tests.support.passing_time import passing_time
 from tests.support.payroll import CLOSE_SECONDS, Payroll, Process, payroll
 from tests.support.sandbox import Person
@@ -64,19 +65,21 @@ class Desk:
         return envelope.to_xdr()
 
     async def stage(self, *, within_seconds: float = 60) -> tuple[str, str | None]:
-        """Return stage and failure of the only withdrawal, once it has ended or the time is over."""
+        """Return stage and failure of the latest withdrawal, once it has ended or the time is over."""
         with trio.move_on_after(within_seconds):
             while True:
                 await self.payouts().look()
-                if await self._stage() in ("confirmed", "failed"):
+                if (await self._latest())[0] in ("confirmed", "failed"):
                     break
                 await trio.sleep(5)
-        row = await self.at.database.fetch_row("SELECT stage, failure FROM developer_withdrawals")
+        return await self._latest()
+
+    async def _latest(self) -> tuple[str, str | None]:
+        row = await self.at.database.fetch_row(
+            "SELECT stage, failure FROM developer_withdrawals ORDER BY prepared_at DESC LIMIT 1"
+        )
         assert row is not None
         return row["stage"], row["failure"]
-
-    async def _stage(self) -> str:
-        return str(await self.at.database.fetch_value("SELECT stage FROM developer_withdrawals"))
 
     @property
     def owed(self) -> int:
@@ -124,6 +127,53 @@ async def test_one_withdrawal_submitted_by_many_at_once_is_sent_once(mock_clock:
     assert desk.wallet.has(desk.at.town.usdc) == 30_000_000
     sent = await desk.at.database.fetch_value("SELECT count(*) FROM chain_transactions WHERE purpose LIKE 'payout:%'")
     assert sent == 1
+
+
+async def test_a_submission_cut_at_any_wait_is_sent_once_by_the_next(mock_clock: MockClock, desk: Desk) -> None:
+    cut_at, amount = 0, 1_000_000
+    while True:
+        cut_at += 1
+        signed = desk.signed(await desk.prepared(amount))
+        knife = Knife(cut_at)
+        with knife as scope, scope:
+            await desk.payouts().submit(desk.user_id, signed)
+            await trio.sleep(2 * CLOSE_SECONDS)
+            await desk.payouts().look()
+        assert isinstance(await desk.payouts().submit(desk.user_id, signed), Payout)
+        assert await desk.stage() == ("confirmed", None)
+        assert desk.owed == CREDITED - cut_at * amount
+        assert desk.wallet.has(desk.at.town.usdc) == cut_at * amount
+        sent = await desk.at.database.fetch_value(
+            "SELECT count(*) FROM chain_transactions WHERE purpose LIKE 'payout:%'"
+        )
+        assert sent == cut_at
+        if not knife.cut:
+            break
+    assert cut_at > 10
+
+
+async def test_a_preparation_cut_at_any_wait_hands_nothing_out_and_ends_by_itself(
+    mock_clock: MockClock, desk: Desk
+) -> None:
+    cut_at, stored = 0, 0
+    while True:
+        cut_at += 1
+        knife = Knife(cut_at)
+        with knife as scope, scope:
+            await desk.prepared()
+        count = await desk.at.database.fetch_value("SELECT count(*) FROM developer_withdrawals")
+        assert count - stored in (0, 1)
+        if count > stored:
+            assert await desk.stage(within_seconds=600) == ("failed", "expired")
+        stored = count
+        assert desk.owed == CREDITED
+        if not knife.cut:
+            break
+    assert cut_at > 10
+    assert stored >= 1
+    assert (
+        await desk.at.database.fetch_value("SELECT count(*) FROM chain_transactions WHERE purpose LIKE 'payout:%'") == 0
+    )
 
 
 async def test_a_wallet_may_send_it_by_itself_and_it_is_found(mock_clock: MockClock, desk: Desk) -> None:
