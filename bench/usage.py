@@ -28,7 +28,7 @@ from bench.usage_seed import (
     seed_usage,
     vault_id,
 )
-from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, EventId, VaultId
+from callora.ledger.ids import LAST_ID, ApiId, ApiKeyId, DeveloperId, EventId, VaultId, least_id
 from callora.service import SystemClock
 from callora.store.bridge import Connection, Database, Row, open_database
 from callora.store.reads import calls, settlements, spending
@@ -116,13 +116,13 @@ def _pages(now: datetime) -> dict[str, Page]:
     """Return every page by its name; "large" is the vault that made a tenth of all calls."""
     end = now.replace(second=0, microsecond=0) + timedelta(minutes=1)
     large, small = [VaultId(vault_id(0))], [VaultId(vault_id(VAULTS // 2))]
-    deep = calls.least_id(end - (DAYS - 10) * _DAY)
+    deep = least_id(end - (DAYS - 10) * _DAY)
 
     def scope(days: int, vaults: Sequence[VaultId] = large, **only: Any) -> reads.Scope:
         return reads.Scope(vaults, end - days * _DAY, end, **only)
 
     def listed(
-        days: int, status: calls.Status | None = None, before: EventId = calls.LATEST, limit: int = PAGE, **only: Any
+        days: int, status: calls.Status | None = None, before: EventId = LAST_ID, limit: int = PAGE, **only: Any
     ) -> Page:
         return lambda database: calls.events(database, scope(days, **only), status, before, limit)
 

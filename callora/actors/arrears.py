@@ -11,9 +11,8 @@ from structlog.typing import FilteringBoundLogger
 from callora.actors.registry import VaultRegistry
 from callora.ledger.clock import Clock
 from callora.ledger.commands import ReviewDebt
-from callora.ledger.ids import VaultId
+from callora.ledger.ids import FIRST_ID, VaultId
 from callora.ledger.outcomes import DebtReviewed
-from callora.ledger.statement import FIRST_ID
 from callora.store import arrears as store
 from callora.store.bridge import Database
 

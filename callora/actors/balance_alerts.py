@@ -8,9 +8,8 @@ from datetime import timedelta
 from typing import Final
 
 from callora.ledger.clock import Clock
-from callora.ledger.ids import Ids, UserId, VaultId
+from callora.ledger.ids import FIRST_ID, Ids, UserId, VaultId
 from callora.ledger.money import Stroops
-from callora.ledger.statement import FIRST_ID
 from callora.store import balance_alerts as store
 from callora.store.bridge import Database
 

@@ -14,10 +14,9 @@ from structlog.typing import FilteringBoundLogger
 from callora.actors.billing import Billing, Credited
 from callora.ledger.clock import Clock
 from callora.ledger.faults import CalloraFault
-from callora.ledger.ids import EventId, Ids, UserId
+from callora.ledger.ids import FIRST_ID, EventId, Ids, UserId
 from callora.ledger.money import Stroops, format_usdc
 from callora.ledger.outcomes import Draining, Overloaded, RefundRefused
-from callora.ledger.statement import FIRST_ID
 from callora.store import disputes as store
 from callora.store.bridge import Connection, Database
 from callora.store.disputes import Dispute, Status

@@ -3,8 +3,7 @@
 from typing import Final
 
 from callora.ledger.clock import Clock
-from callora.ledger.ids import Ids, VaultId
-from callora.ledger.statement import FIRST_ID
+from callora.ledger.ids import FIRST_ID, Ids, VaultId
 from callora.store import invoices as store
 from callora.store.bridge import Database
 

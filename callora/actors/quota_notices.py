@@ -7,9 +7,8 @@ from datetime import timedelta
 from typing import Final
 
 from callora.ledger.clock import Clock
-from callora.ledger.ids import Ids, VaultId
+from callora.ledger.ids import FIRST_ID, Ids, VaultId
 from callora.ledger.quota import month_of
-from callora.ledger.statement import FIRST_ID
 from callora.store import quota_notices as store
 from callora.store.bridge import Database
 from callora.store.outbox import Event, add_events

@@ -1,6 +1,7 @@
 """Ids: UUIDv7 made by the service, so that a row's id exists before its commit and can be looked up after it."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Final, NewType
 
 from callora.ledger.clock import Clock
@@ -14,6 +15,13 @@ EventId = NewType("EventId", str)
 HoldId = NewType("HoldId", str)
 ApiId = NewType("ApiId", int)
 EndpointId = NewType("EndpointId", int)
+
+FIRST_ID: Final = EventId("00000000-0000-0000-0000-000000000000")
+LAST_ID: Final = EventId("ffffffff-ffff-ffff-ffff-ffffffffffff")
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+MILLISECOND: Final = timedelta(milliseconds=1)
+_MILLIS_MAX: Final = 2**48 - 1
+_DATE_MILLIS_MAX: Final = (datetime.max.replace(tzinfo=UTC) - EPOCH) // MILLISECOND
 
 _POOL_BYTES: Final = 4096
 _ID_BYTES: Final = 10
@@ -51,3 +59,24 @@ class Ids:
             self._millis = millis
             self._stamp = f"{digits[:8]}-{digits[8:]}-7"
         return f"{self._stamp}{noise[:3]}-{_VARIANT[noise[3]]}{noise[4:7]}-{noise[8:]}"
+
+
+def least_id_of(millis: int) -> EventId:
+    """Return the least id of a millisecond since 1970; the first or the last id of all for what no id can tell."""
+    digits = f"{min(max(0, millis), _MILLIS_MAX):012x}"
+    return EventId(f"{digits[:8]}-{digits[8:]}-0000-0000-000000000000")
+
+
+def least_id(moment: datetime) -> EventId:
+    """Return the least id that can be made at a moment."""
+    return least_id_of((moment - EPOCH) // MILLISECOND)
+
+
+def millis_of(event_id: str) -> int:
+    """Return when an id was made, in milliseconds since 1970."""
+    return int(event_id[:8] + event_id[9:13], 16)
+
+
+def made_at(event_id: str) -> datetime:
+    """Return when an id was made, whole milliseconds; the last possible moment for what lies past it."""
+    return EPOCH + min(millis_of(event_id), _DATE_MILLIS_MAX) * MILLISECOND

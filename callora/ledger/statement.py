@@ -4,18 +4,11 @@ Usage is known by the date inside its event's id (UUIDv7, milliseconds), entries
 Within one millisecond entries come before usage, the newest first in each.
 """
 
-from datetime import UTC, datetime, timedelta
-from typing import Final
+from datetime import datetime, timedelta
 
 import attrs
 
-from callora.ledger.ids import EventId
-
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MILLISECOND: Final = timedelta(milliseconds=1)
-_ID_MILLIS_MAX: Final = 2**48 - 1
-FIRST_ID: Final = EventId("00000000-0000-0000-0000-000000000000")
-LAST_ID: Final = EventId("ffffffff-ffff-ffff-ffff-ffffffffffff")
+from callora.ledger.ids import EPOCH, LAST_ID, MILLISECOND, EventId, least_id_of, millis_of
 
 
 @attrs.frozen(order=True)
@@ -34,25 +27,18 @@ class Position:
 
 def entry_position(at: datetime, seq: int) -> Position:
     """Return where a ledger entry stands."""
-    micros = (at - _EPOCH) // timedelta(microseconds=1)
+    micros = (at - EPOCH) // timedelta(microseconds=1)
     return Position(micros // 1000, LAST_ID, micros, seq)
 
 
 def usage_position(event_id: str) -> Position:
     """Return where the usage of an event stands."""
-    return Position(int(event_id[:8] + event_id[9:13], 16), event_id, 0, 0)
+    return Position(millis_of(event_id), event_id, 0, 0)
 
 
-def usage_at(event_id: str) -> datetime:
-    """Return when an event's call began: the date inside its id."""
-    return _EPOCH + usage_position(event_id).millis * _MILLISECOND
-
-
-def least_id(at: datetime) -> EventId:
-    """Return what every id made at this millisecond or later is at least."""
-    millis = min(max(0, -((_EPOCH - at) // _MILLISECOND)), _ID_MILLIS_MAX)
-    digits = f"{millis:012x}"
-    return EventId(f"{digits[:8]}-{digits[8:]}-0000-0000-000000000000")
+def id_from(at: datetime) -> EventId:
+    """Return what the ids of milliseconds that begin at a moment or later are at least."""
+    return least_id_of(-((EPOCH - at) // MILLISECOND))
 
 
 @attrs.frozen
@@ -72,15 +58,15 @@ def after(position: Position) -> Bound:
         OverflowError: the position is of no date.
     """
     if position.micros or position.seq:
-        at = _EPOCH + timedelta(microseconds=position.micros)
+        at = EPOCH + timedelta(microseconds=position.micros)
         # The usage of the same millisecond is all still to come.
-        return Bound(least_id(_EPOCH + (position.millis + 1) * _MILLISECOND), at, position.seq)
-    return Bound(EventId(position.event_id), _EPOCH + position.millis * _MILLISECOND, 0)
+        return Bound(least_id_of(position.millis + 1), at, position.seq)
+    return Bound(EventId(position.event_id), EPOCH + position.millis * MILLISECOND, 0)
 
 
 def before_moment(at: datetime) -> Bound:
     """Return what is older than a moment."""
-    return Bound(least_id(at), at, 0)
+    return Bound(id_from(at), at, 0)
 
 
 def earlier(one: Bound, other: Bound) -> Bound:

@@ -17,9 +17,9 @@ from typing import Final
 
 import attrs
 
-from callora.ledger.ids import EventId, UserId, VaultId
+from callora.ledger.ids import LAST_ID, EventId, UserId, VaultId, least_id, made_at
 from callora.store.bridge import Connection, Database, Row
-from callora.store.reads.calls import ID_SLACK, LATEST, id_moment, least_id, least_id_sql
+from callora.store.reads.calls import ID_SLACK, least_id_sql
 from callora.store.rollup import BY_INDEX, SETTLE, SLOW_SECONDS, has_slow
 
 TRAIL: Final = ID_SLACK + SETTLE
@@ -246,17 +246,17 @@ async def _look(connection: Connection, row: Row, now: datetime, *, slow: bool) 
     done_until: datetime = row["done_until"]
     if now - done_until <= TRAIL + FULL:
         since = max(done_until, row["as_of"] - QUICK)
-        return _Look(least_id(since), LATEST, done_until, now, behind=False)
+        return _Look(least_id(since), LAST_ID, done_until, now, behind=False)
     since_id = least_id(done_until)
     if now - done_until > BEHIND:
         found = await connection.fetch_value(_STEP, row["user_id"], since_id, least_id(now - TRAIL), STEP_EVENTS)
         if found is not None:
             # Whole milliseconds, and at least one of them
-            reached = max(id_moment(EventId(found)), done_until + timedelta(milliseconds=1))
+            reached = max(made_at(EventId(found)), done_until + timedelta(milliseconds=1))
             final = done_until if slow else reached
             return _Look(since_id, least_id(reached), final, max(final, row["as_of"]), behind=not slow)
     final = done_until if slow else max(done_until, now - TRAIL)
-    return _Look(since_id, LATEST, final, now, behind=False)
+    return _Look(since_id, LAST_ID, final, now, behind=False)
 
 
 async def note_late(database: Database, vault_id: VaultId, event_id: EventId, now: datetime) -> None:
@@ -265,7 +265,7 @@ async def note_late(database: Database, vault_id: VaultId, event_id: EventId, no
     Raises:
         StoreUnavailable, OutcomeUnknown: it may be noted; the event must not be placed then.
     """
-    if now - id_moment(event_id) > LATE:
+    if now - made_at(event_id) > LATE:
         await database.execute(_NOTE_LATE, vault_id, event_id, now)
 
 

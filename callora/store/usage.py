@@ -7,7 +7,7 @@ from typing import Final
 import attrs
 
 from callora.ledger.faults import StoreRefused
-from callora.ledger.ids import EventId, VaultId
+from callora.ledger.ids import EventId, VaultId, least_id
 from callora.ledger.money import Stroops
 from callora.store.breath import EVENTS, breathing
 from callora.store.bridge import Database, Row, StatementRejected
@@ -155,7 +155,7 @@ async def ensure_partitions(database: Database, now: datetime) -> list[str]:
             try:
                 await database.execute(
                     f"CREATE TABLE IF NOT EXISTS {name} PARTITION OF usage_events"
-                    f" FOR VALUES FROM ('{_least_id(first)}') TO ('{_least_id(following)}') WITH (fillfactor = 45)"
+                    f" FOR VALUES FROM ('{least_id(first)}') TO ('{least_id(following)}') WITH (fillfactor = 45)"
                 )
                 made.append(name)
             except StoreRefused:
@@ -165,11 +165,6 @@ async def ensure_partitions(database: Database, now: datetime) -> list[str]:
                     raise
         first = following
     return made
-
-
-def _least_id(at: datetime) -> str:
-    digits = f"{int(at.timestamp() * 1000):012x}"
-    return f"{digits[:8]}-{digits[8:]}-0000-0000-000000000000"
 
 
 async def drop_expired_claims(database: Database, now: datetime, limit: int) -> int:

@@ -17,11 +17,10 @@ from callora.actors.rating import Rated, Rater, SubjectUnknown
 from callora.ledger.commands import Deposit, Grant, PlaceHold, ReviewDebt, SetStanding, Withdraw, release
 from callora.ledger.counters import Rule, SubjectTaken
 from callora.ledger.faults import CalloraFault
-from callora.ledger.ids import VaultId
+from callora.ledger.ids import FIRST_ID, VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import BalanceMoved, DebtReviewed, InsufficientFunds, StandingSet, VaultMissing
 from callora.ledger.snapshots import Sample
-from callora.ledger.statement import FIRST_ID
 from callora.store import counter_accounts, quarantine
 from callora.store.bridge import Database, open_database
 from callora.store.reads.counters import list_quarantined

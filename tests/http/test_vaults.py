@@ -11,10 +11,9 @@ import pytest
 import trio
 
 from callora.ledger.commands import Deposit, Refund, Withdraw
-from callora.ledger.ids import EventId
+from callora.ledger.ids import EventId, least_id
 from callora.ledger.money import parse_usdc
 from callora.ledger.outcomes import BalanceMoved
-from callora.ledger.statement import least_id
 from callora.store.reads import vaults as vault_reads
 from callora.store.usage import ensure_partitions
 from tests.support.client import call

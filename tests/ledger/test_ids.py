@@ -8,7 +8,7 @@ import attrs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from callora.ledger.ids import Ids
+from callora.ledger.ids import EPOCH, FIRST_ID, LAST_ID, Ids, least_id, least_id_of, made_at
 
 quick = settings(max_examples=100, database=None)
 
@@ -68,3 +68,19 @@ def test_every_random_bit_of_an_id_comes_from_the_source_of_randomness() -> None
     zeros = uuid.UUID(Ids(clock, bytes).uuid7()).int
     ones = uuid.UUID(Ids(clock, lambda count: b"\xff" * count).uuid7()).int
     assert (zeros ^ ones).bit_count() == 74
+
+
+def test_an_id_tells_its_millisecond_and_a_moment_within_it_the_least_of_these() -> None:
+    event_id = "01a1ff0e-0fb6-7396-aa6d-6df1fb066d39"
+    made = EPOCH + timedelta(milliseconds=0x01A1FF0E0FB6)
+    assert made_at(event_id) == made
+    for within in (0, 1, 999):
+        assert least_id(made + timedelta(microseconds=within)) == "01a1ff0e-0fb6-0000-0000-000000000000"
+    assert least_id(made - timedelta(microseconds=1)) == "01a1ff0e-0fb5-0000-0000-000000000000"
+
+
+def test_what_no_id_can_tell_is_told_by_the_first_or_the_last() -> None:
+    assert least_id(EPOCH - timedelta(days=1)) == least_id(EPOCH) == FIRST_ID
+    assert least_id_of(2**60) == "ffffffff-ffff-0000-0000-000000000000"
+    assert made_at(LAST_ID) == datetime.max.replace(microsecond=999_000, tzinfo=UTC)
+    assert made_at(least_id(datetime.max.replace(tzinfo=UTC))) == made_at(LAST_ID)

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from callora.ledger.ids import EventId
+from callora.ledger.ids import FIRST_ID, LAST_ID, EventId, least_id, made_at
 from callora.ledger.statement import (
     Bound,
     Position,
@@ -13,8 +13,7 @@ from callora.ledger.statement import (
     before_moment,
     earlier,
     entry_position,
-    least_id,
-    usage_at,
+    id_from,
     usage_position,
 )
 
@@ -52,19 +51,13 @@ def test_the_lines_within_a_bound_are_exactly_those_after_the_position(
     bound = after(lines[index][0])
     assert [line for line in lines if within(bound, *line)] == lines[index + 1 :]
     moment = data.draw(moments)
-    older = [line for line in lines if (line[1] if line[2] else usage_at(line[0].event_id)) < moment]
+    older = [line for line in lines if (line[1] if line[2] else made_at(line[0].event_id)) < moment]
     assert [line for line in lines if within(before_moment(moment), *line)] == older
     both = [line for line in lines[index + 1 :] if line in older]
     assert [line for line in lines if within(earlier(bound, before_moment(moment)), *line)] == both
 
 
-def test_an_id_tells_its_millisecond() -> None:
-    event_id = EventId("01a1ff0e-0fb6-7396-aa6d-6df1fb066d39")
-    assert usage_at(event_id) == EPOCH + timedelta(milliseconds=0x01A1FF0E0FB6)
-    assert least_id(usage_at(event_id)) == "01a1ff0e-0fb6-0000-0000-000000000000"
-
-
-def test_the_least_id_of_a_moment_within_a_millisecond_is_that_of_the_next() -> None:
-    assert least_id(EPOCH + timedelta(microseconds=1)) == least_id(EPOCH + timedelta(milliseconds=1))
-    assert least_id(EPOCH - timedelta(days=1)) == least_id(EPOCH) == "00000000-0000-0000-0000-000000000000"
-    assert least_id(datetime.max.replace(tzinfo=UTC)) <= "ffffffff-ffff-ffff-ffff-ffffffffffff"
+def test_ids_from_within_a_millisecond_are_those_of_the_next() -> None:
+    assert id_from(EPOCH + timedelta(microseconds=1)) == id_from(EPOCH + timedelta(milliseconds=1))
+    assert id_from(EPOCH - timedelta(days=1)) == id_from(EPOCH) == FIRST_ID
+    assert FIRST_ID < id_from(START) < id_from(datetime.max.replace(tzinfo=UTC)) <= LAST_ID

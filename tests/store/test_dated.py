@@ -10,12 +10,11 @@ from typing import Final
 
 import pytest
 
-from callora.ledger.ids import EventId, Ids, UserId, VaultId
+from callora.ledger.ids import EventId, Ids, UserId, VaultId, least_id
 from callora.ledger.spending import LENGTHS, PERIODS
 from callora.store import accounts, usage
 from callora.store.bridge import Connection, Database
 from callora.store.reads import quotas, spending
-from callora.store.reads.calls import least_id
 from callora.store.reads.dated import BY_VAULT, dated_events, of_each
 from tests.simulation.ledgers import NOON, TestClock
 

@@ -13,7 +13,7 @@ import trio
 from callora.actors.registry import VaultRegistry
 from callora.actors.writer import Writer
 from callora.ledger.commands import CloseHold, Command, ExtendHold, PlaceHold, Refund, capture, expire, release
-from callora.ledger.ids import ApiKeyId, EventId, UserId, VaultId
+from callora.ledger.ids import ApiKeyId, EventId, UserId, VaultId, least_id
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import (
     BalanceMoved,
@@ -28,7 +28,6 @@ from callora.ledger.spending import LENGTHS, PERIODS, Period
 from callora.ledger.vault import VaultState
 from callora.store import usage
 from callora.store.bridge import Connection, Database, open_database
-from callora.store.reads.calls import least_id
 from callora.store.reads.spending import account, spending_limits
 from callora.store.rollup import advance, rebuild
 from callora.store.rounds import LINE_SETTINGS

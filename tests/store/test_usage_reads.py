@@ -9,7 +9,7 @@ from random import Random
 import attrs
 import pytest
 
-from callora.ledger.ids import ApiId, ApiKeyId, EventId, Ids, UserId, VaultId
+from callora.ledger.ids import LAST_ID, ApiId, ApiKeyId, EventId, Ids, UserId, VaultId
 from callora.store import accounts, usage
 from callora.store.bridge import Database
 from callora.store.reads import calls
@@ -114,7 +114,7 @@ def expected(made: Sequence[Made], scope: reads.Scope, status: calls.Status | No
 async def walked(database: Database, scope: reads.Scope, status: calls.Status | None, limit: int) -> list[str]:
     """Return the whole list, page by page."""
     found: list[str] = []
-    before = calls.LATEST
+    before = LAST_ID
     while True:
         page = await calls.events(database, scope, status, before, limit + 1, look=7)
         found += [str(row["event_id"]) for row in page[:limit]]
@@ -177,7 +177,7 @@ async def test_a_scan_reads_everything_in_steps(database: Database) -> None:
     one = await vault(database, clock)
     made = await filled(database, clock, one, Random(2), 60)
     scope = reads.Scope([one], NOON - 30 * DAY, NOON + 30 * DAY)
-    reached: EventId | None = calls.LATEST
+    reached: EventId | None = LAST_ID
     found: list[str] = []
     while reached is not None:
         rows, reached = await calls.scan(database, one, scope, None, reached, 7)

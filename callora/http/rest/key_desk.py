@@ -19,8 +19,7 @@ from callora.http.rest.key_forms import (
     once,
 )
 from callora.ledger.clock import Clock
-from callora.ledger.ids import ApiKeyId, UserId, VaultId
-from callora.ledger.statement import FIRST_ID, LAST_ID
+from callora.ledger.ids import FIRST_ID, LAST_ID, ApiKeyId, UserId, VaultId
 from callora.ledger.tokens import ALL_SCOPES
 from callora.store.reads.keys import KeyReads
 

@@ -44,7 +44,7 @@ from callora.http.rest.usage_forms import (
     totals_of,
 )
 from callora.ledger.clock import Clock
-from callora.ledger.ids import ApiId, ApiKeyId, EventId, UserId, VaultId
+from callora.ledger.ids import LAST_ID, ApiId, ApiKeyId, EventId, UserId, VaultId
 from callora.store.reads import calls
 from callora.store.reads import usage as reads
 
@@ -101,7 +101,7 @@ class _Export:
         self._scope = scope
         self._status = status
         self._vaults = deque(scope.vault_ids)
-        self._reached: EventId = calls.LATEST
+        self._reached: EventId = LAST_ID
 
     def __aiter__(self) -> "_Export":
         return self
@@ -111,7 +111,7 @@ class _Export:
             rows, reached = await _batch(self._database, self._vaults[0], self._scope, self._status, self._reached)
             if reached is None:
                 self._vaults.popleft()
-            self._reached = reached or calls.LATEST
+            self._reached = reached or LAST_ID
             if rows:
                 return csv_lines(rows)
         raise StopAsyncIteration
@@ -141,7 +141,7 @@ async def _batch(
 def _before(cursor: str | None) -> EventId:
     position = decode_cursor(cursor, str)
     if position is None:
-        return calls.LATEST
+        return LAST_ID
     try:
         return EventId(str(UUID(position[0])))
     except ValueError:

@@ -6,10 +6,10 @@ those minutes.
 """
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Final, Literal
 
-from callora.ledger.ids import EventId, VaultId
+from callora.ledger.ids import EventId, VaultId, least_id, made_at
 from callora.store.bridge import Row
 from callora.store.reads.usage import Reading, Scope, rollup_extent
 from callora.store.rollup import SUCCEEDED
@@ -20,7 +20,6 @@ LOOK_EVENTS: Final = 1000
 """Events that a filtered list looks through at once before it asks the rollup."""
 ID_SLACK: Final = timedelta(minutes=2)
 """How much older than its event an id may be: it is made before the hold waits for its round."""
-LATEST: Final = EventId("ffffffff-ffff-ffff-ffff-ffffffffffff")
 
 _EVENT: Final = f"""u.vault_id, u.event_id, u.api_key_id, u.api_id, u.endpoint_id, u.created_at, u.state, u.amount,
         u.request_bytes, u.response_bytes, u.latency_us, u.status, u.outcome,
@@ -111,18 +110,6 @@ SELECT {_SHOWN} FROM shown u LEFT JOIN api_endpoints e ON e.endpoint_id = u.endp
 _NARROWED: Final = {succeeded: _narrowed_sql(matching) for succeeded, matching in _MATCHING.items()}
 
 
-def least_id(moment: datetime) -> EventId:
-    """Return the least id that can be made at a moment."""
-    digits = f"{max(0, int(moment.timestamp() * 1000)):012x}"
-    return EventId(f"{digits[:8]}-{digits[8:]}-0000-0000-000000000000")
-
-
-def id_moment(event_id: EventId) -> datetime:
-    """Return when an id was made, whole milliseconds; the last possible moment for what lies past it."""
-    millis = min(int(event_id.replace("-", "")[:12], 16), 253_402_214_400_000)
-    return datetime.fromtimestamp(millis // 1000, UTC) + timedelta(milliseconds=millis % 1000)
-
-
 async def events(
     database: Reading,
     scope: Scope,
@@ -184,7 +171,7 @@ async def _narrowed(
     limit: int,
 ) -> Sequence[Row]:
     """Return events with a lesser id than `before` by way of the rollup, which has all but the open ones."""
-    minute = id_moment(before).replace(second=0, microsecond=0)
+    minute = made_at(before).replace(second=0, microsecond=0)
     reach = minute + ID_SLACK + timedelta(minutes=1)
     return await database.fetch(_NARROWED[succeeded], vault_id, before, least, *wanted, ID_SLACK, limit, reach, minute)
 

@@ -6,8 +6,8 @@ from typing import Final
 
 import attrs
 
-from callora.ledger.ids import UserId, VaultId
-from callora.ledger.statement import Bound, Position, entry_position, least_id, usage_at, usage_position
+from callora.ledger.ids import UserId, VaultId, made_at
+from callora.ledger.statement import Bound, Position, entry_position, id_from, usage_position
 from callora.store.bridge import Database, Row
 
 USAGE: Final = "usage"
@@ -83,7 +83,7 @@ class VaultReads:
             rows = await self._database.fetch(_ENTRIES, vault_id, until.at, until.seq, since, kind, limit)
             lines += map(_entry, rows)
         if kind in (None, USAGE):
-            rows = await self._database.fetch(_USAGE, vault_id, until.event_id, least_id(since), limit)
+            rows = await self._database.fetch(_USAGE, vault_id, until.event_id, id_from(since), limit)
             lines += map(_usage, rows)
         lines.sort(key=lambda line: line.position, reverse=True)
         return lines[:limit]
@@ -104,4 +104,4 @@ def _entry(row: Row) -> Line:
 
 def _usage(row: Row) -> Line:
     event_id = str(row["event_id"])
-    return Line(usage_at(event_id), USAGE, -row["amount"], event_id, event_id, None, usage_position(event_id))
+    return Line(made_at(event_id), USAGE, -row["amount"], event_id, event_id, None, usage_position(event_id))
