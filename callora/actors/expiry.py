@@ -16,13 +16,13 @@ from callora.actors.registry import VaultRegistry
 from callora.ledger.clock import Clock
 from callora.ledger.commands import expire
 from callora.ledger.faults import CalloraFault
-from callora.ledger.ids import EventId
+from callora.ledger.ids import FIRST_ID, EventId
 from callora.ledger.outcomes import HoldClosed
 from callora.metrics import Metrics
 from callora.store.breath import BREATH_SECONDS
 from callora.store.bridge import Database, StatementRejected
 from callora.store.rounds import ROUND_SECONDS_MAX
-from callora.store.usage import FIRST, OpenHold, open_holds, still_open
+from callora.store.usage import OpenHold, open_holds, still_open
 
 LOOK_BACK: Final = timedelta(hours=25)
 """A hold lasts a day at most, so the first sweep after a start looks at everything that may be open."""
@@ -92,7 +92,7 @@ class ExpirySweep:
         since, rest_seconds = now - LOOK_BACK, 0.0
         if self._seen_until is not None:
             since, rest_seconds = self._seen_until - self._overlap, BREATH_SECONDS
-        after = FIRST
+        after = FIRST_ID
         while True:
             found = await open_holds(self._database, since, now, BATCH, after, rest_seconds)
             self._open.update((hold.event_id, hold) for hold in found)

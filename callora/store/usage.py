@@ -7,7 +7,7 @@ from typing import Final
 import attrs
 
 from callora.ledger.faults import StoreRefused
-from callora.ledger.ids import EventId, VaultId, least_id
+from callora.ledger.ids import FIRST_ID, EventId, VaultId, least_id
 from callora.ledger.money import Stroops
 from callora.store.breath import EVENTS, breathing
 from callora.store.bridge import Database, Row, StatementRejected
@@ -20,8 +20,6 @@ RANGE_BLOCKS: Final = 32
 """How many blocks are one entry of the index of dates, as its migration says."""
 WAIT_MS: Final = 10
 """How long to wait for a lock that a vacuum may hold for minutes: one that is waited for for a second is cancelled."""
-
-FIRST: Final = EventId("00000000-0000-0000-0000-000000000000")
 
 _OPEN_SINCE: Final = f"""
 SELECT vault_id, event_id, held_amount, held_credits, created_at, expires_at FROM usage_events
@@ -88,7 +86,7 @@ async def open_holds(
     since: datetime,
     until: datetime,
     limit: int,
-    after: EventId = FIRST,
+    after: EventId = FIRST_ID,
     rest_seconds: float = 0.0,
 ) -> Sequence[OpenHold]:
     """Return at most `limit` open holds placed in [since, until), oldest first.

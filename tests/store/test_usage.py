@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from callora.ledger.commands import Delivery, IdempotencyClaim, PlaceHold, release
-from callora.ledger.ids import EventId, VaultId
+from callora.ledger.ids import FIRST_ID, EventId, VaultId
 from callora.ledger.money import Stroops
 from callora.store import usage
 from callora.store.bridge import Database, open_database
@@ -55,7 +55,7 @@ async def test_more_holds_of_one_date_than_a_batch_holds_are_all_found(ledger: R
     vault_id = await ledger.vault(100)
     expected = await holds(ledger, vault_id, 10)
     found: list[EventId] = []
-    since, after = NOON, usage.FIRST
+    since, after = NOON, FIRST_ID
     for _ in range(20):
         batch = await usage.open_holds(ledger.database, since, NOON + timedelta(seconds=1), 3, after)
         found += [each.event_id for each in batch]
