@@ -5,7 +5,7 @@ instant it exists, a captured call with what it was charged, less what was given
 set counts as well.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Final, Literal, get_args
 
@@ -30,7 +30,7 @@ ROOM_MAX: Final = 2**62
 _ADJECTIVES: Final[Mapping[Period, str]] = {"day": "daily", "week": "weekly", "month": "monthly", "year": "annual"}
 
 
-@attrs.define(slots=True)
+@attrs.frozen(slots=True)
 class Spending:
     """What one key, or a vault, may spend and has spent in one period."""
 
@@ -39,13 +39,44 @@ class Spending:
     """stroops, > 0."""
     spent: Stroops
     """stroops; never less than what was spent and is held in the period."""
-    counted: Stroops = attrs.Factory(lambda self: self.spent, takes_self=True)
-    """The same when it was read, whatever was decided since."""
 
     @property
     def remaining(self) -> Stroops:
         """What is left; 0 where a limit was set below what was spent already."""
         return Stroops(max(0, self.limit - self.spent))
+
+
+@attrs.define(slots=True)
+class Allowance:
+    """The limits of one key, or of a vault, and what was placed since they were read.
+
+    What is placed counts in every period alike, so one number tells how far all of them have moved.
+    """
+
+    counted: tuple[Spending, ...]
+    """As they were read, in the order of PERIODS."""
+    since: int = 0
+    """stroops that were placed since then, less what came back."""
+    _narrowest: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._narrowest = min([each.limit - each.spent for each in self.counted], default=ROOM_MAX)
+
+    @property
+    def room(self) -> int:
+        """What may be placed, stroops; below 0 where a limit was set below what was spent."""
+        return self._narrowest - self.since
+
+    def exceeded(self, amount: Stroops) -> Spending:
+        """Return the first limit that an amount beyond the room would exceed, as it stands."""
+        return next(
+            attrs.evolve(each, spent=Stroops(each.spent + self.since))
+            for each in self.counted
+            if each.spent + self.since + amount > each.limit
+        )
+
+
+_UNLIMITED: Final = Allowance(())
 
 
 @attrs.define(slots=True)
@@ -56,9 +87,8 @@ class SpendingLimits:
     within the last second. So spending is never counted too low, and a refusal counts a call at most a second too long.
     """
 
-    vault: tuple[Spending, ...]
-    """In the order of PERIODS, like those of a key."""
-    keys: Mapping[ApiKeyId, tuple[Spending, ...]]
+    vault: Allowance
+    keys: Mapping[ApiKeyId, Allowance]
     read_at: datetime
     placed: int
     """Stroops that had ever been set aside for the vault before this was read."""
@@ -74,12 +104,11 @@ class SpendingLimits:
     def refuse_amount(self, api_key_id: ApiKeyId, amount: Stroops) -> PolicyRefused | None:
         """The same for what a key is to spend, stroops. Reaching a limit passes, and what costs nothing always does."""
         if amount:
-            for spending in self.vault:
-                if spending.spent + amount > spending.limit:
-                    return _refused("vault", spending, amount)
-            for spending in self.keys.get(api_key_id, ()):
-                if spending.spent + amount > spending.limit:
-                    return _refused("key", spending, amount)
+            if amount > self.vault.room:
+                return _refused("vault", self.vault.exceeded(amount), amount)
+            of_key = self.keys.get(api_key_id, _UNLIMITED)
+            if amount > of_key.room:
+                return _refused("key", of_key.exceeded(amount), amount)
         return None
 
     def place(self, command: PlaceHold) -> None:
@@ -91,14 +120,13 @@ class SpendingLimits:
         """Return how much others may place, stroops, before a hold that is counted would have been refused."""
         if not command.amount:
             return ROOM_MAX
-        asked = (*self.vault, *self.keys.get(command.charged.api_key_id, ()))
-        return min([each.limit - each.spent for each in asked], default=ROOM_MAX)
+        return min(self.vault.room, self.keys.get(command.charged.api_key_id, _UNLIMITED).room)
 
     def close(self, command: CloseHold) -> None:
         """Count the end of a hold, which is stored."""
         api_key_id = self._open.pop(command.event_id, None)
         if api_key_id is not None:
-            self._count(api_key_id, Stroops(command.amount - command.held_amount))
+            self._count(api_key_id, command.amount - command.held_amount)
         elif command.amount < command.held_amount:
             self.exact = False
 
@@ -109,21 +137,19 @@ class SpendingLimits:
             placed: stroops that were ever set aside for the vault, by whomever and for whichever key.
         """
         since = placed - self.placed
+        keys = {api_key_id: Allowance(each.counted, since) for api_key_id, each in self.keys.items()}
+        return SpendingLimits(Allowance(self.vault.counted, since), keys, self.read_at, self.placed, exact=False)
 
-        def on(found: tuple[Spending, ...]) -> tuple[Spending, ...]:
-            return tuple([Spending(each.period, each.limit, Stroops(each.counted + since)) for each in found])
-
-        keys = {api_key_id: on(found) for api_key_id, found in self.keys.items()}
-        return SpendingLimits(on(self.vault), keys, self.read_at, placed, exact=False)
-
-    def _count(self, api_key_id: ApiKeyId, amount: Stroops) -> None:
-        for spending in (*self.vault, *self.keys.get(api_key_id, ())):
-            spending.spent = Stroops(spending.spent + amount)
+    def _count(self, api_key_id: ApiKeyId, amount: int) -> None:
+        self.vault.since += amount
+        of_key = self.keys.get(api_key_id)
+        if of_key is not None:
+            of_key.since += amount
 
 
-def in_order(found: Sequence[Spending]) -> tuple[Spending, ...]:
-    """Return limits in the order they are checked in."""
-    return tuple(sorted(found, key=lambda each: PERIODS.index(each.period)))
+def allowance(found: Iterable[Spending]) -> Allowance:
+    """Return limits as they are checked: the shortest period first."""
+    return Allowance(tuple(sorted(found, key=lambda each: PERIODS.index(each.period))))
 
 
 def _refused(whose: Literal["vault", "key"], spending: Spending, amount: Stroops) -> PolicyRefused:

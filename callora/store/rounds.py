@@ -9,14 +9,14 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Final, cast
+from typing import Final
 
 import attrs
 
 from callora.ledger.commands import CloseHold, IdempotencyClaim, PlaceHold, StoredAnswer
 from callora.ledger.ids import EventId
 from callora.ledger.money import Stroops
-from callora.ledger.rounds import CLEAN, RoundResult, Share
+from callora.ledger.rounds import CLEAN, NO_CEILING, RoundResult, Share
 from callora.ledger.vault import VaultState
 from callora.store.bridge import Row
 from callora.store.states import GUARDING, state_of, whole_state_of
@@ -354,21 +354,21 @@ def _alone_columns(share: Share) -> Columns:
     }
 
 
+def _guard(share: Share) -> tuple[int, ...]:
+    """Return what `_GUARDS` are of a share."""
+    if not share.guarded or not share.holds:
+        return _UNGUARDED, 0, NO_CEILING, NO_CEILING, 0, NO_CEILING
+    guard, rules = (share.decided_version, 0) if share.rules is None else (_WITHIN, share.rules)
+    return guard, rules, share.ceiling, share.credits_ceiling, share.credits_need, share.credits_most
+
+
 def _guard_columns(share: Share) -> Columns:
-    guard = share.decided_version if share.rules is None else _WITHIN
-    return {
-        "guard": guard if share.guarded and share.holds else _UNGUARDED,
-        "rules": share.rules or 0,
-        "ceiling": share.ceiling,
-        "credits_ceiling": share.credits_ceiling,
-        "credits_need": share.credits_need,
-        "credits_most": share.credits_most,
-    }
+    return dict(zip(_GUARDS, _guard(share), strict=True))
 
 
 def _guards_columns(shares: Sequence[Share]) -> Columns:
-    each = [_guard_columns(share) for share in shares]
-    return {name: _numbers([cast(int, columns[name]) for columns in each]) for name in _GUARDS}
+    columns = zip(*map(_guard, shares), strict=True)
+    return {name: _numbers(column) for name, column in zip(_GUARDS, columns, strict=True)}
 
 
 def _need(share: Share) -> int:

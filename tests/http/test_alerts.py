@@ -25,7 +25,8 @@ async def test_an_owner_says_below_which_balance_he_wants_to_hear_of_it(database
         unset = {"network": "testnet", "threshold": None, "lowSince": None}
         assert (await me.ask("GET", PATH)).body == unset
         assert (await me.ask("DELETE", PATH)).body == unset
-        assert (await me.ask("PUT", PATH, {"threshold": "0"})).wrong == ["body.threshold"]
+        for beyond in ("0", "1000000.0000001", "33237886584.3708931"):
+            assert (await me.ask("PUT", PATH, {"threshold": beyond})).wrong == ["body.threshold"]
         told = await me.ask("PUT", PATH, {"threshold": "1"}, query={"network": "mainnet"})
         assert (told.status, told.code) == (404, "VAULT_NOT_FOUND")
         told = await me.ask("PUT", PATH, {"threshold": "5"})

@@ -13,7 +13,7 @@ from callora.ledger.ids import ApiKeyId
 from callora.ledger.money import Stroops
 from callora.ledger.quota import KeyCap, Overage, Quota
 from callora.ledger.rounds import Share
-from callora.ledger.spending import Spending, SpendingLimits
+from callora.ledger.spending import Spending, SpendingLimits, allowance
 from callora.ledger.vault import VaultState, apply_hold, decide_hold
 from tests.simulation.support import CHARGED, VAULT, event
 
@@ -46,9 +46,8 @@ calls = st.lists(st.builds(Call, st.integers(0, 1), small, st.integers(1, 3), st
 def vault(limits: Sequence[int], caps: Sequence[int], credits_left: int, overage: Overage) -> VaultState:
     """Return a vault of two keys: limits of the vault and of each key, and caps of each key."""
     state = VaultState(VAULT, Stroops(10**6), Stroops(0), 7, "active", credits=credits_left, rules=3)
-    of_vault, *of_keys = (Spending("day", Stroops(limit), Stroops(0)) for limit in limits)
-    keys = {key: (spending,) for key, spending in zip(KEYS, of_keys, strict=True)}
-    state.policies = (SpendingLimits((of_vault,), keys, NOON, 0),)
+    of_vault, *of_keys = (allowance([Spending("day", Stroops(limit), Stroops(0))]) for limit in limits)
+    state.policies = (SpendingLimits(of_vault, dict(zip(KEYS, of_keys, strict=True)), NOON, 0),)
     found = {key: KeyCap(cap, 0) for key, cap in zip(KEYS, caps, strict=True)}
     state.quota = Quota(10**6, 0, overage, NOON, found, NOON)
     return state

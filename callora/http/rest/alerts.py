@@ -1,8 +1,8 @@
 """Alerts of low balances: seen, set and removed by the vault's owner."""
 
-from typing import Any
+from typing import Annotated, Any, Final
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from callora.actors.balance_alerts import BalanceAlerts
 from callora.http.problems import ProblemRaised
@@ -11,14 +11,25 @@ from callora.http.rest.key_forms import Network
 from callora.http.rest.operations import Access, Answer, Ask, Routes
 from callora.http.rest.vaults import NetworkQuery
 from callora.ledger.ids import UserId, VaultId
+from callora.ledger.money import Stroops
 from callora.store.reads import balance_alerts as reads
 from callora.store.reads.vaults import VaultReads
+
+THRESHOLD_MAX: Final = Stroops(10**13)
+
+
+def _threshold(text: str) -> str:
+    if stroops(text) > THRESHOLD_MAX:
+        raise ValueError(f"must be at most {usdc(THRESHOLD_MAX)}")
+    return text
 
 
 class AlertIn(Form):
     """A threshold."""
 
-    threshold: PositiveUsdc = Field(description="USDC; you are told when your balance falls below.")
+    threshold: Annotated[PositiveUsdc, AfterValidator(_threshold)] = Field(
+        description="USDC, at most 1000000; you are told when your balance falls below."
+    )
 
 
 class AlertOut(Form):

@@ -21,7 +21,7 @@ import attrs
 
 from callora.ledger.ids import ApiKeyId, VaultId
 from callora.ledger.money import Stroops
-from callora.ledger.spending import LENGTHS, PERIODS, Period, Spending, SpendingLimits, in_order
+from callora.ledger.spending import LENGTHS, PERIODS, Period, Spending, SpendingLimits, allowance
 from callora.ledger.vault import VaultState
 from callora.store.bridge import Connection
 from callora.store.bridge import Database as Database  # HTTP names what it passes on
@@ -176,8 +176,8 @@ async def spending_limits(
 
 
 def _limits(spent: Mapping[ApiKeyId | None, Sequence[Spending]], now: datetime, placed: int) -> SpendingLimits:
-    of_keys = {key: in_order(each) for key, each in spent.items() if key is not None}
-    return SpendingLimits(in_order(spent.get(None, ())), of_keys, now, placed)
+    of_keys = {key: allowance(each) for key, each in spent.items() if key is not None}
+    return SpendingLimits(allowance(spent.get(None, ())), of_keys, now, placed)
 
 
 async def account(
