@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 import attrs
 import trio
 
-from callora.ledger.faults import CalloraFault, StoreUnavailable
+from callora.ledger.faults import CalloraFault
 
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
@@ -17,6 +17,8 @@ class _Gathering(Generic[Question, Answer]):
     questions: list[Question] = attrs.field(factory=list)
     answers: Sequence[Answer] = ()
     fault: CalloraFault | None = None
+    abandoned: bool = False
+    """Whether who carried it out was cancelled, or crashed, and there is neither."""
     done: trio.Event = attrs.field(factory=trio.Event)
 
 
@@ -37,22 +39,25 @@ class Together(Generic[Question, Answer]):
         """Return the answers, true at some moment after this was called.
 
         Raises:
-            CalloraFault: what the query came to; StoreUnavailable also where who carried it out was cancelled.
+            CalloraFault: what the query came to.
 
-        Cancellation: whoever was the first of a gathering to ask takes the others' answers with him.
+        Cancellation: nobody else's answer is lost. Who asked first carries the query out, and where he is cancelled
+        the others ask again.
         """
-        gathering, first = self._gathering, 0
-        if gathering is None or len(gathering.questions) >= self._most:
-            gathering = self._gathering = _Gathering()
-            gathering.questions += questions
-            await self._carry_out(gathering)
-        else:
-            first = len(gathering.questions)
-            gathering.questions += questions
-            await gathering.done.wait()
-        if gathering.fault is not None:
-            raise gathering.fault
-        return gathering.answers[first : first + len(questions)]
+        while True:
+            gathering, first = self._gathering, 0
+            if gathering is None or len(gathering.questions) >= self._most:
+                gathering = self._gathering = _Gathering()
+                gathering.questions += questions
+                await self._carry_out(gathering)
+            else:
+                first = len(gathering.questions)
+                gathering.questions += questions
+                await gathering.done.wait()
+            if gathering.fault is not None:
+                raise gathering.fault
+            if not gathering.abandoned:
+                return gathering.answers[first : first + len(questions)]
 
     async def _carry_out(self, gathering: _Gathering[Question, Answer]) -> None:
         try:
@@ -62,7 +67,7 @@ class Together(Generic[Question, Answer]):
         except CalloraFault as fault:
             gathering.fault = fault
         except BaseException:
-            gathering.fault = StoreUnavailable("whoever was reading for others as well was cancelled")
+            gathering.abandoned = True
             raise
         finally:
             self._close(gathering)

@@ -13,7 +13,7 @@ from callora.ledger.money import Stroops
 from callora.store import accounts, apis, keys
 from callora.store.accounts import PricedEndpoint
 from callora.store.bridge import Database
-from callora.store.reads.gateway import Reads
+from callora.store.reads.gateway import KEYS, Reads
 from tests.simulation.ledgers import NOON, RealLedger, TestClock, real_ledger
 
 
@@ -193,3 +193,38 @@ async def test_noting_a_use_tells_the_catalogue_nothing(ledger: RealLedger) -> N
     await keys.note_use(ledger.database, [record.api_key_id], NOON)
     assert await Reads(ledger.database).catalogue_version() == before
     assert await ledger.count("api_keys", f"last_used_at = '{NOON.isoformat()}'") == 1
+
+
+# --- many at once -----------------------------------------------------------------------------------------------------
+
+
+async def test_keys_asked_for_together_are_each_told_their_own_by_index_and_at_one_go(ledger: RealLedger) -> None:
+    vault_id = await ledger.vault(1)
+    await ledger.database.execute(
+        "INSERT INTO api_keys (api_key_id, user_id, vault_id, prefix, key_hash, last4, previous_prefix, previous_hash,"
+        " previous_expires_at)"
+        " SELECT gen_random_uuid(), v.user_id, v.vault_id, w.new, sha256(w.new::bytea), 'abcd', w.old,"
+        " sha256(w.old::bytea), CASE WHEN w.old IS NOT NULL THEN now() END"
+        " FROM vaults v, generate_series(1, 20000) AS n, LATERAL (SELECT 'ck_test_0' || lpad(n::text, 7, '0') AS new,"
+        " CASE WHEN n % 100 = 0 THEN 'ck_test_9' || lpad(n::text, 7, '0') END AS old) AS w WHERE v.vault_id = $1",
+        vault_id,
+    )
+    async with ledger.database.acquire() as connection:
+        await connection.execute("VACUUM ANALYZE api_keys")
+    prefixes = [f"ck_test_{former}{number:07}" for number in range(50, 3000, 50) for former in (0, 9)]
+    reads, told = Reads(ledger.database), dict[str, list[bytes]]()
+
+    async def ask(prefix: str) -> None:
+        told[prefix] = [each.key_hash for each in await reads.keys_with_prefix(prefix)]
+
+    async with trio.open_nursery() as nursery:
+        for prefix in prefixes:
+            nursery.start_soon(ask, prefix)
+    for prefix in prefixes:
+        there = prefix[8] == "0" or prefix.endswith("00")
+        assert told[prefix] == ([hashlib.sha256(prefix.encode()).digest()] if there else []), prefix
+    for count in (1, len(prefixes)):
+        async with ledger.database.acquire() as connection:
+            rows = await connection.fetch(f"EXPLAIN {KEYS}", prefixes[:count])
+        plan = "\n".join(row["QUERY PLAN"] for row in rows)
+        assert "Seq Scan on api_keys" not in plan, plan

@@ -82,7 +82,7 @@ async def test_a_fault_is_everybodys_of_its_query_and_nobody_elses() -> None:
 
 
 @pytest.mark.parametrize("under_way", [False, True])
-async def test_who_is_cancelled_leaves_nobody_waiting(under_way: bool) -> None:
+async def test_who_is_cancelled_takes_nobodys_answer_with_him(under_way: bool) -> None:
     asked = Asked()
     async with trio.open_nursery() as nursery:
         if not under_way:
@@ -105,10 +105,40 @@ async def test_who_is_cancelled_leaves_nobody_waiting(under_way: bool) -> None:
             assert asked.queries == [[1], [2]], "he was not of that query"
             asked.gate.release()
             await trio.testing.wait_all_tasks_blocked()
-            assert asked.told[2] == ["answer 2"]
         else:
-            assert isinstance(asked.told[2], StoreUnavailable)
+            assert asked.queries == [[0]]
             asked.gate.release()
+            await trio.testing.wait_all_tasks_blocked()
+            assert asked.queries == [[0], [2]]
+            asked.gate.release()
+            await trio.testing.wait_all_tasks_blocked()
+        assert asked.told[2] == ["answer 2"]
         nursery.start_soon(asked.ask, 3)
         asked.gate.release()
     assert asked.told[3] == ["answer 3"]
+
+
+async def test_of_many_who_are_cancelled_one_after_another_the_last_is_told() -> None:
+    asked = Asked()
+    async with trio.open_nursery() as nursery:
+        scopes = [trio.CancelScope() for _ in range(5)]
+
+        async def one(number: int) -> None:
+            with scopes[number]:
+                await asked.ask(number)
+
+        nursery.start_soon(asked.ask, 100)
+        await trio.testing.wait_all_tasks_blocked()
+        for number in range(5):
+            nursery.start_soon(one, number)
+            await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(asked.ask, 101)
+        await trio.testing.wait_all_tasks_blocked()
+        for scope in scopes:
+            scope.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+        asked.gate.release()
+        await trio.testing.wait_all_tasks_blocked()
+        asked.gate.release()
+    assert len(asked.queries) == 2
+    assert asked.told == {100: ["answer 100"], 101: ["answer 101"]}

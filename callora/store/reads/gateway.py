@@ -15,12 +15,14 @@ from callora.ledger.pricing import ApiRecord, Endpoint, EndpointTable, Price, pa
 from callora.ledger.rating import CARD_COLUMNS, make_card
 from callora.ledger.tokens import SignedToken, TokenRecord, narrow
 from callora.store.bridge import Database, Row
+from callora.store.together import Together
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 # A regenerated key's former secret is the same key, until its grace ends.
-_KEYS: Final = """
-SELECT k.api_key_id, k.user_id, k.vault_id, s.key_hash, k.scopes, k.allowed_apis, k.allowed_endpoints, k.allowed_cidrs,
+KEYS: Final = """
+SELECT s.prefix, k.api_key_id, k.user_id, k.vault_id, s.key_hash, k.scopes, k.allowed_apis, k.allowed_endpoints,
+       k.allowed_cidrs,
        coalesce(k.rate_limit_per_minute, p.rate_limit_per_minute) AS rate_limit_per_minute, k.disabled, s.expires_at,
        k.revoked_at, v.standing::text AS standing, p.allowed_apis AS plan_apis
 FROM api_keys k JOIN vaults v ON v.vault_id = k.vault_id JOIN plans p ON p.plan_id = v.plan_id
@@ -28,8 +30,9 @@ CROSS JOIN LATERAL (VALUES
     (k.prefix, k.key_hash, k.expires_at),
     (k.previous_prefix, k.previous_hash, least(k.expires_at, k.previous_expires_at))
 ) AS s (prefix, key_hash, expires_at)
-WHERE (k.prefix = $1 OR k.previous_prefix = $1) AND s.prefix = $1
+WHERE (k.prefix = ANY ($1::text[]) OR k.previous_prefix = ANY ($1::text[])) AND s.prefix = ANY ($1::text[])
 """
+KEYS_TOGETHER_MAX: Final = 256
 
 _PRESENTED: Final = """
 SELECT t.scopes AS token_scopes, t.allowed_apis AS token_apis, t.budget IS NOT NULL AS budgeted,
@@ -138,10 +141,18 @@ class Reads:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._keys = Together(self._with_prefixes, KEYS_TOGETHER_MAX)
 
     async def keys_with_prefix(self, prefix: str) -> Sequence[KeyRecord]:
         """Return every key with this 16-character prefix; more than one is rare and possible."""
-        return [_key(row) for row in await self._database.fetch(_KEYS, prefix)]
+        (found,) = await self._keys.ask(prefix)
+        return found
+
+    async def _with_prefixes(self, prefixes: Sequence[str]) -> Sequence[Sequence[KeyRecord]]:
+        found: dict[str, list[KeyRecord]] = {prefix: [] for prefix in prefixes}
+        for row in await self._database.fetch(KEYS, list(found)):
+            found[row["prefix"]].append(_key(row))
+        return [found[prefix] for prefix in prefixes]
 
     async def token(self, signed: SignedToken) -> TokenRecord | None:
         """Return an access token with its key, narrowed to what the token may do."""
