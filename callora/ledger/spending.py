@@ -46,37 +46,32 @@ class Spending:
         return Stroops(max(0, self.limit - self.spent))
 
 
-@attrs.define(slots=True)
+@attrs.frozen(slots=True)
 class Allowance:
-    """The limits of one key, or of a vault, and what was placed since they were read.
+    """The limits of one key, or of a vault, as they were read.
 
-    What is placed counts in every period alike, so one number tells how far all of them have moved.
+    What is placed counts in every period alike, so one number tells how far all of them have moved since.
     """
 
     counted: tuple[Spending, ...]
-    """As they were read, in the order of PERIODS."""
-    since: int = 0
-    """stroops that were placed since then, less what came back."""
-    _narrowest: int = attrs.field(init=False)
+    """In the order of PERIODS."""
+    room: int
+    """What could be placed then, stroops; below 0 where a limit was set below what was spent."""
 
-    def __attrs_post_init__(self) -> None:
-        self._narrowest = min([each.limit - each.spent for each in self.counted], default=ROOM_MAX)
+    def exceeded(self, since: int, amount: Stroops) -> Spending:
+        """Return the first limit that an amount beyond the room would exceed, as it stands.
 
-    @property
-    def room(self) -> int:
-        """What may be placed, stroops; below 0 where a limit was set below what was spent."""
-        return self._narrowest - self.since
-
-    def exceeded(self, amount: Stroops) -> Spending:
-        """Return the first limit that an amount beyond the room would exceed, as it stands."""
+        Args:
+            since: stroops that were placed since it was read, less what came back.
+        """
         return next(
-            attrs.evolve(each, spent=Stroops(each.spent + self.since))
+            attrs.evolve(each, spent=Stroops(each.spent + since))
             for each in self.counted
-            if each.spent + self.since + amount > each.limit
+            if each.spent + since + amount > each.limit
         )
 
 
-_UNLIMITED: Final = Allowance(())
+_UNLIMITED: Final = Allowance((), ROOM_MAX)
 
 
 @attrs.define(slots=True)
@@ -95,6 +90,11 @@ class SpendingLimits:
     exact: bool = True
     """False where it may be too much: once a hold has ended that was placed before this was read, as what came back of
     it is not known here; and where it was carried on."""
+    _carried: int = 0
+    """stroops that count for the vault and for each of its keys, as it is not known whose they were."""
+    _own: int = 0
+    _own_of: dict[ApiKeyId, int] = attrs.field(factory=dict)
+    """stroops that were placed since, less what came back: in all, and by each key."""
     _open: dict[EventId, ApiKeyId] = attrs.field(factory=dict)
 
     def refuse(self, command: PlaceHold) -> PolicyRefused | None:
@@ -104,11 +104,13 @@ class SpendingLimits:
     def refuse_amount(self, api_key_id: ApiKeyId, amount: Stroops) -> PolicyRefused | None:
         """The same for what a key is to spend, stroops. Reaching a limit passes, and what costs nothing always does."""
         if amount:
-            if amount > self.vault.room:
-                return _refused("vault", self.vault.exceeded(amount), amount)
+            since = self._carried + self._own
+            if amount > self.vault.room - since:
+                return _refused("vault", self.vault.exceeded(since, amount), amount)
             of_key = self.keys.get(api_key_id, _UNLIMITED)
-            if amount > of_key.room:
-                return _refused("key", of_key.exceeded(amount), amount)
+            since = self._carried + self._own_of.get(api_key_id, 0)
+            if amount > of_key.room - since:
+                return _refused("key", of_key.exceeded(since, amount), amount)
         return None
 
     def place(self, command: PlaceHold) -> None:
@@ -120,7 +122,9 @@ class SpendingLimits:
         """Return how much others may place, stroops, before a hold that is counted would have been refused."""
         if not command.amount:
             return ROOM_MAX
-        return min(self.vault.room, self.keys.get(command.charged.api_key_id, _UNLIMITED).room)
+        api_key_id = command.charged.api_key_id
+        of_key = self.keys.get(api_key_id, _UNLIMITED)
+        return min(self.vault.room - self._own, of_key.room - self._own_of.get(api_key_id, 0)) - self._carried
 
     def close(self, command: CloseHold) -> None:
         """Count the end of a hold, which is stored."""
@@ -137,19 +141,17 @@ class SpendingLimits:
             placed: stroops that were ever set aside for the vault, by whomever and for whichever key.
         """
         since = placed - self.placed
-        keys = {api_key_id: Allowance(each.counted, since) for api_key_id, each in self.keys.items()}
-        return SpendingLimits(Allowance(self.vault.counted, since), keys, self.read_at, self.placed, exact=False)
+        return SpendingLimits(self.vault, self.keys, self.read_at, self.placed, exact=False, carried=since)
 
     def _count(self, api_key_id: ApiKeyId, amount: int) -> None:
-        self.vault.since += amount
-        of_key = self.keys.get(api_key_id)
-        if of_key is not None:
-            of_key.since += amount
+        self._own += amount
+        self._own_of[api_key_id] = self._own_of.get(api_key_id, 0) + amount
 
 
 def allowance(found: Iterable[Spending]) -> Allowance:
     """Return limits as they are checked: the shortest period first."""
-    return Allowance(tuple(sorted(found, key=lambda each: PERIODS.index(each.period))))
+    counted = tuple(sorted(found, key=lambda each: PERIODS.index(each.period)))
+    return Allowance(counted, min([each.limit - each.spent for each in counted], default=ROOM_MAX))
 
 
 def _refused(whose: Literal["vault", "key"], spending: Spending, amount: Stroops) -> PolicyRefused:
