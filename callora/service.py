@@ -61,6 +61,7 @@ from callora.store import usage
 from callora.store.bridge import Database, StatementRejected, open_database
 from callora.store.keys import note_use
 from callora.store.migrate import pending
+from callora.store.reads.claims import CLAIMS_SETTINGS, Claims
 from callora.store.reads.gateway import Reads
 from callora.store.rounds import LINE_SETTINGS
 from callora.store.vaults import VaultStore
@@ -119,6 +120,7 @@ class Ledger:
 
     database: Database
     store: VaultStore
+    claims: Claims
     registry: VaultRegistry
     indexer: RevenueIndexer
 
@@ -170,8 +172,10 @@ async def open_ledger(context: Context, dsn: str, budget: "Budget") -> AsyncIter
             beside_calls=True,
         ) as database,
         database.line(LINE_SETTINGS) as line,
+        database.line(CLAIMS_SETTINGS) as claims_line,
     ):
         store = VaultStore(database, line, context.clock, context.ids.uuid7, settings.commit_timeout_seconds)
+        claims = Claims(claims_line, database, settings.commit_timeout_seconds)
         writer = Writer(store, metrics, logs.logger("writer"), settings.writer_round_max)
         registry = VaultRegistry(
             store, writer, metrics, logs.logger("registry"), context.random, settings.actor_mailbox_max
@@ -181,7 +185,7 @@ async def open_ledger(context: Context, dsn: str, budget: "Budget") -> AsyncIter
             async with trio.open_nursery() as acting:
                 await acting.start(registry.run)
                 try:
-                    yield Ledger(database, store, registry, _indexer(context, database))
+                    yield Ledger(database, store, claims, registry, _indexer(context, database))
                 finally:
                     registry.close()
                     writing.cancel_scope.shield = True
@@ -416,7 +420,7 @@ async def _start_parts(
         admission=admission,
         registry=ledger.registry,
         upstreams=upstreams,
-        reads=reads,
+        claims=ledger.claims,
         compensator=compensator,
         budgets=budgets,
         settings=_call_settings(settings),

@@ -505,7 +505,11 @@ class Settings(BaseSettings):
         "DB_NAME", "callora", "be 1 to 63 characters", "The database's name."
     )
     db_pool_max: Whole = whole_number(
-        "DB_POOL_MAX", 10, 1, 1000, "Pooled connections, besides the ledger writer's own."
+        "DB_POOL_MAX",
+        10,
+        1,
+        1000,
+        "Pooled connections, besides two of the gateway's own, for rounds and for idempotency keys.",
     )
     db_idle_timeout_seconds: Milliseconds = milliseconds(
         "DB_IDLE_TIMEOUT_MS", 30_000, 0, 86_400_000, "How long an unused pooled connection is kept; 0 keeps it."

@@ -16,6 +16,7 @@ from callora.ledger.vault import VaultState
 from callora.store import accounts, usage
 from callora.store.audit import audit
 from callora.store.bridge import Database, Row
+from callora.store.reads.claims import CLAIMS_SETTINGS, Claims
 from callora.store.rounds import LINE_SETTINGS
 from callora.store.vaults import VaultStore
 
@@ -49,6 +50,7 @@ class RealLedger:
 
     database: Database
     store: VaultStore
+    claims: Claims
     clock: TestClock
     ids: Ids
 
@@ -112,6 +114,7 @@ class RealLedger:
 async def real_ledger(database: Database, clock: TestClock) -> AsyncIterator[RealLedger]:
     """Open a store on a migrated database, with its partitions made."""
     await usage.ensure_partitions(database, clock.now())
-    async with database.line(LINE_SETTINGS) as line:
+    async with database.line(LINE_SETTINGS) as line, database.line(CLAIMS_SETTINGS) as claims_line:
         ids = Ids(clock, os.urandom)
-        yield RealLedger(database, VaultStore(database, line, clock, ids.uuid7, 10), clock, ids)
+        store = VaultStore(database, line, clock, ids.uuid7, 10)
+        yield RealLedger(database, store, Claims(claims_line, database, 10), clock, ids)

@@ -116,7 +116,7 @@ async def test_old_claims_are_dropped_in_batches_and_young_ones_stay(ledger: Rea
     assert await usage.drop_expired_claims(ledger.database, ledger.clock.now(), 3) == 3
     assert await usage.drop_expired_claims(ledger.database, ledger.clock.now(), 3) == 2
     assert await usage.drop_expired_claims(ledger.database, ledger.clock.now(), 3) == 0
-    assert await Reads(ledger.database).claim(vault_id, "young") is not None
+    assert await ledger.claims.find(vault_id, "young") is not None
 
 
 async def test_old_changes_are_dropped_and_the_epoch_stays(ledger: RealLedger) -> None:

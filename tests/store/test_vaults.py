@@ -44,8 +44,9 @@ from callora.ledger.outcomes import (
 from callora.ledger.rounds import CLEAN, RoundResult, Share
 from callora.ledger.vault import VaultState
 from callora.store.bridge import Connection, Database, open_database
+from callora.store.reads.claims import CLAIMS, CLAIMS_SETTINGS, SMALL_BYTES_MAX, Claim, KeptAnswer
 from callora.store.reads.gateway import Reads
-from callora.store.rounds import LINE_SETTINGS, STATEMENTS, RoundStatement
+from callora.store.rounds import LINE_SETTINGS, STATEMENTS
 from callora.store.vaults import VaultStore
 from tests.simulation.ledgers import RealLedger, TestClock, real_ledger
 from tests.simulation.support import CHARGED, DELIVERED, METRICS, QUIET
@@ -290,18 +291,35 @@ async def test_an_answered_claim_is_never_taken_over_until_it_is_old(ledger: Rea
     answer = StoredAnswer("k", 200, b"X: y\r\n", b"body", Stroops(10))
     await commit(ledger, await ledger.share(vault_id, hold(first, 10, claim=claim_of("k", retention_seconds=100))))
     await commit(ledger, await ledger.share(vault_id, spend(first, 10, answer=answer)))
-    stored = await Reads(ledger.database).claim(vault_id, "k")
+    stored = await ledger.claims.find(vault_id, "k")
     assert stored is not None
-    assert (stored.state, stored.status, stored.head, stored.body) == ("completed", 200, b"X: y\r\n", b"body")
+    assert (stored.state, stored.answer) == ("completed", KeptAnswer(200, b"X: y\r\n", b"body"))
+    assert await ledger.claims.answer(vault_id, "k", first) == stored.answer
+    assert await ledger.claims.answer(vault_id, "k", second) is None
     assert (stored.charge, stored.event_id, stored.event_open) == (10, first, False)
     share = await ledger.share(vault_id, hold(second, 10, claim=claim_of("k", replaces=first)))
     assert (await commit(ledger, share)).missed == {second}
     ledger.clock.advance(100)
     assert await commit(ledger, await ledger.share(vault_id, hold(third, 10, claim=claim_of("k")))) == CLEAN
-    taken = await Reads(ledger.database).claim(vault_id, "k")
+    taken = await ledger.claims.find(vault_id, "k")
     assert taken is not None
-    assert (taken.state, taken.event_id, taken.body, taken.charge) == ("started", third, None, None)
+    assert (taken.state, taken.event_id, taken.charge, taken.event_open) == ("started", third, None, True)
+    assert taken.answer is None
+    assert await ledger.claims.answer(vault_id, "k", third) is None
     await commit(ledger, await ledger.share(vault_id, give_back(third, 10)))
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+async def test_a_small_answer_comes_with_its_claim_and_a_large_one_by_itself(ledger: RealLedger, beyond: int) -> None:
+    vault_id, event_id = await ledger.vault(100), ledger.event()
+    kept = KeptAnswer(200, b"X: y\r\n", bytes(SMALL_BYTES_MAX - 6 + beyond))
+    answer = StoredAnswer("k", kept.status, kept.head, kept.body, Stroops(10))
+    await commit(ledger, await ledger.share(vault_id, hold(event_id, 10, claim=claim_of("k"))))
+    await commit(ledger, await ledger.share(vault_id, spend(event_id, 10, answer=answer)))
+    stored = await ledger.claims.find(vault_id, "k")
+    assert stored is not None
+    assert stored.answer == (None if beyond else kept)
+    assert await ledger.claims.answer(vault_id, "k", event_id) == kept
 
 
 async def test_an_answer_is_stored_only_with_the_close_that_counts(ledger: RealLedger) -> None:
@@ -312,7 +330,7 @@ async def test_an_answer_is_stored_only_with_the_close_that_counts(ledger: RealL
     answer = StoredAnswer("k", 200, None, None, Stroops(10))
     share = await ledger.share(vault_id, spend(event_id, 10, answer=answer))
     assert (await commit(ledger, share)).missed == {event_id}
-    stored = await Reads(ledger.database).claim(vault_id, "k")
+    stored = await ledger.claims.find(vault_id, "k")
     assert stored is not None and stored.state == "started"
 
 
@@ -322,14 +340,14 @@ async def test_an_answer_without_a_body_is_not_replayable(ledger: RealLedger) ->
     await commit(ledger, await ledger.share(vault_id, hold(event_id, 10, claim=claim_of("k"))))
     answer = StoredAnswer("k", 200, None, None, Stroops(10))
     assert await commit(ledger, await ledger.share(vault_id, spend(event_id, 10, answer=answer))) == CLEAN
-    stored = await Reads(ledger.database).claim(vault_id, "k")
+    stored = await ledger.claims.find(vault_id, "k")
     assert stored is not None and (stored.state, stored.charge) == ("not_replayable", 10)
 
 
 async def test_a_lost_share_claims_nothing(ledger: RealLedger) -> None:
     vault_id = await ledger.vault(5)
     await commit(ledger, await ledger.share(vault_id, hold(ledger.event(), 10, claim=claim_of("k"))))
-    assert await Reads(ledger.database).claim(vault_id, "k") is None
+    assert await ledger.claims.find(vault_id, "k") is None
 
 
 # --- the locked round and the rare commands ---------------------------------------------------------------------------
@@ -509,11 +527,11 @@ def _nodes(plan: dict[str, object]) -> list[dict[str, object]]:
     return [plan, *(node for child in children for node in _nodes(child))]
 
 
-async def _planned(connection: Connection, statement: RoundStatement) -> list[dict[str, object]]:
-    await connection.execute(f"PREPARE round AS {statement.sql}")
-    nothing = ", ".join(["NULL"] * len(statement.parameters))
-    text = await connection.fetch_value(f"EXPLAIN (FORMAT JSON) EXECUTE round({nothing})")
-    await connection.execute("DEALLOCATE round")
+async def _planned(connection: Connection, sql: str, parameters: int) -> list[dict[str, object]]:
+    await connection.execute(f"PREPARE planned AS {sql}")
+    nothing = ", ".join(["NULL"] * parameters)
+    text = await connection.fetch_value(f"EXPLAIN (FORMAT JSON) EXECUTE planned({nothing})")
+    await connection.execute("DEALLOCATE planned")
     return _nodes(json.loads(text)[0]["Plan"])
 
 
@@ -529,7 +547,7 @@ async def test_the_rounds_plan_finds_every_stored_row_by_its_whole_key_however_e
             await connection.execute("VACUUM ANALYZE vaults, usage_events, idempotency_keys")
         for name, value in LINE_SETTINGS.items():
             await connection.execute(f"SET {name} = '{value}'")
-        nodes = await _planned(connection, statement)
+        nodes = await _planned(connection, statement.sql, len(statement.parameters))
     on_tables = [node for node in nodes if "Relation Name" in node and node["Node Type"] != "ModifyTable"]
     names = {str(node["Relation Name"]) for node in on_tables}
     assert "vaults" in names
@@ -542,6 +560,52 @@ async def test_the_rounds_plan_finds_every_stored_row_by_its_whole_key_however_e
         condition = str(node.get("Index Cond"))
         assert "vault_id = ANY" in condition, node
         assert f"{second_column.get(str(node['Relation Name']), 'event_id')} = ANY" in condition, node
+
+
+@pytest.mark.parametrize("vacuumed", [False, True])
+async def test_claims_are_looked_up_by_their_whole_key_however_empty_the_tables_are(
+    ledger: RealLedger, vacuumed: bool
+) -> None:
+    async with ledger.database.acquire() as connection:
+        if vacuumed:
+            await connection.execute("VACUUM ANALYZE usage_events, idempotency_keys")
+        for name, value in CLAIMS_SETTINGS.items():
+            await connection.execute(f"SET {name} = '{value}'")
+        nodes = await _planned(connection, CLAIMS, 3)
+        await connection.execute("SET default_transaction_read_only = off")
+    on_tables = [node for node in nodes if "Relation Name" in node]
+    assert {str(node["Relation Name"])[:12] for node in on_tables} == {"idempotency_", "usage_events"}
+    for node in on_tables:
+        assert node["Node Type"] == "Index Scan", node
+        condition = str(node["Index Cond"])
+        assert "vault_id = ANY" in condition, node
+        assert "key = ANY" in condition or "event_id = ANY" in condition, node
+
+
+async def test_claims_looked_at_together_are_each_told_their_own(ledger: RealLedger) -> None:
+    vaults = [await ledger.vault(100) for _ in range(3)]
+    keys = ["plain", "it's", 'quo"ted', "back\\slash", "{a,b}", "NULL", "x" * 255]
+    placed: dict[tuple[VaultId, str], EventId] = {}
+    for vault_id in vaults[:2]:
+        for key in keys[:5] if vault_id == vaults[0] else keys[3:]:
+            event_id = placed[vault_id, key] = ledger.event()
+            await commit(ledger, await ledger.share(vault_id, hold(event_id, 1, claim=claim_of(key))))
+    ended = placed[vaults[0], "it's"]
+    await commit(ledger, await ledger.share(vaults[0], give_back(ended, 1)))
+    found: dict[tuple[VaultId, str], Claim | None] = {}
+
+    async def look(vault_id: VaultId, key: str) -> None:
+        found[vault_id, key] = await ledger.claims.find(vault_id, key)
+
+    async with trio.open_nursery() as nursery:
+        for vault_id in vaults:
+            for key in (*keys, *keys[:2]):  # some are asked for twice
+                nursery.start_soon(look, vault_id, key)
+    for asked, claim in found.items():
+        expected = placed.get(asked)
+        assert (None if claim is None else claim.event_id) == expected, asked
+        if claim is not None:
+            assert (claim.state, claim.fingerprint, claim.event_open) == ("started", FINGERPRINT, expected != ended)
 
 
 _AGE = """
@@ -577,7 +641,7 @@ async def test_the_rounds_plan_goes_by_the_index_itself_where_busy_vaults_have_l
         async def scans() -> set[str]:
             names = set()
             for statement in STATEMENTS.values():
-                nodes = await _planned(connection, statement)
+                nodes = await _planned(connection, statement.sql, len(statement.parameters))
                 names |= {str(node["Node Type"]) for node in nodes if node.get("Relation Name") == "vaults"}
             return names - {"ModifyTable"}
 

@@ -54,7 +54,7 @@ from callora.ledger.commands import (
     release,
 )
 from callora.ledger.faults import OutcomeUnknown, StoreUnavailable
-from callora.ledger.ids import EventId, Ids, TokenId
+from callora.ledger.ids import EventId, Ids, TokenId, VaultId
 from callora.ledger.keys import KeyRecord
 from callora.ledger.limits import Standing
 from callora.ledger.money import ZERO, Stroops, format_usdc
@@ -75,7 +75,7 @@ from callora.ledger.rating import QuantityUnreadable, units_of
 from callora.ledger.tokens import BudgetExhausted, BudgetGone, BudgetTaken
 from callora.metrics import Metrics, Tally
 from callora.outbound.addresses import TargetBlocked, TargetUnresolved
-from callora.store.reads.gateway import Claim, Reads
+from callora.store.reads.claims import Claim, Claims
 
 ROUTE: Final = "/v1/call/{api}"
 _PROBLEM_LINES: Final = b"Content-Type: application/json\r\n"
@@ -173,7 +173,7 @@ class CallFlow:
         admission: Admission,
         registry: VaultRegistry,
         upstreams: Upstreams,
-        reads: Reads,
+        claims: Claims,
         compensator: Compensator,
         budgets: Budgets,
         settings: CallSettings,
@@ -185,7 +185,7 @@ class CallFlow:
         self._admission = admission
         self._registry = registry
         self._upstreams = upstreams
-        self._reads = reads
+        self._claims = claims
         self._compensator = compensator
         self._budgets = budgets
         self._settings = settings
@@ -260,11 +260,11 @@ class CallFlow:
             if idempotency_key is not None:
                 whole_body = await self._read_whole(call)
                 fingerprint = _fingerprint(key, request, whole_body)
-                stored = await self._reads.claim(key.vault_id, idempotency_key)
+                stored = await self._claims.find(key.vault_id, idempotency_key)
                 replaces = None
                 if stored is not None and stored.expires_at > self._clock.now():
                     if stored.state != "started" or stored.event_open or stored.fingerprint != fingerprint:
-                        return await self._repeat(call, stored, fingerprint)
+                        return await self._repeat(call, key.vault_id, idempotency_key, stored, fingerprint)
                     replaces = stored.event_id
                 claim = IdempotencyClaim(idempotency_key, fingerprint, replaces, self._settings.claim_retention_seconds)
                 now = self._name_anew(call)  # the body may have taken its time
@@ -326,7 +326,7 @@ class CallFlow:
             )
         return body
 
-    async def _repeat(self, call: Call, stored: Claim, fingerprint: bytes) -> bool:
+    async def _repeat(self, call: Call, vault_id: VaultId, key: str, stored: Claim, fingerprint: bytes) -> bool:
         """Answer a duplicate of an idempotent call: free, and never from the upstream."""
         if stored.fingerprint != fingerprint:
             raise Refused("IDEMPOTENCY_KEY_REUSE_MISMATCH")
@@ -336,22 +336,22 @@ class CallFlow:
             assert stored.charge is not None
             details = {"eventId": stored.event_id, "charge": format_usdc(stored.charge)}
             raise Refused("IDEMPOTENCY_NOT_REPLAYABLE", details=details)
-        assert stored.status is not None
-        assert stored.head is not None
-        assert stored.body is not None
+        answer = stored.answer or await self._claims.answer(vault_id, key, stored.event_id)
+        if answer is None:  # it has just become too old, and the next attempt is a first one
+            raise Refused("IDEMPOTENCY_IN_PROGRESS", retry_seconds=1)
         close = self._closes(call)
-        bodiless = call.request.method == "HEAD" or stored.status in (204, 304)
+        bodiless = call.request.method == "HEAD" or answer.status in (204, 304)
         head = answer_head(
-            stored.status,
+            answer.status,
             b"",
-            stored.head + b"Idempotent-Replayed: true\r\n",
-            length=None if bodiless else len(stored.body),
+            answer.head + b"Idempotent-Replayed: true\r\n",
+            length=None if bodiless else len(answer.body),
             chunked=False,
             own=self._own_lines(call),
             close=close,
         )
-        self._count(call.request, stored.status)
-        message = head if bodiless else head + stored.body
+        self._count(call.request, answer.status)
+        message = head if bodiless else head + answer.body
         await (call.client.send(message) if close else call.client.send_last(message))
         return not close
 
@@ -446,7 +446,7 @@ class CallFlow:
                 return Refused(code, message, details=details)
             case IdempotencyKeyTaken():
                 assert claim is not None
-                stored = await self._reads.claim(caller.key.vault_id, claim.key)
+                stored = await self._claims.find(caller.key.vault_id, claim.key)
                 if stored is not None and stored.fingerprint != claim.fingerprint:
                     return Refused("IDEMPOTENCY_KEY_REUSE_MISMATCH")
                 return Refused("IDEMPOTENCY_IN_PROGRESS", retry_seconds=1)

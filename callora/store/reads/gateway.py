@@ -3,12 +3,11 @@
 import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Final, Literal
 
 import attrs
 
-from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, EndpointId, EventId, UserId, VaultId
+from callora.ledger.ids import ApiId, ApiKeyId, DeveloperId, EndpointId, UserId, VaultId
 from callora.ledger.keys import KeyRecord
 from callora.ledger.money import Stroops
 from callora.ledger.pricing import ApiRecord, Endpoint, EndpointTable, Price, parse_billable
@@ -68,13 +67,6 @@ _EPOCH: Final = "SELECT version FROM catalogue_epoch"
 
 _CHANGES: Final = "SELECT version, kind, ref FROM catalogue_changes WHERE version > $1 ORDER BY version"
 
-_CLAIM: Final = """
-SELECT i.fingerprint, i.event_id, i.state, i.status, i.head, i.body, i.charge, i.expires_at,
-       u.state::text AS event_state
-FROM idempotency_keys i LEFT JOIN usage_events u ON u.vault_id = i.vault_id AND u.event_id = i.event_id
-WHERE i.vault_id = $1 AND i.key = $2
-"""
-
 _SUMS: Final = """
 SELECT coalesce(sum(available), 0)::bigint AS available, coalesce(sum(held), 0)::bigint AS held,
        coalesce(sum(owed), 0)::bigint AS owed
@@ -97,22 +89,6 @@ class CatalogueChange:
     version: int
     kind: Literal["key", "api", "vault", "plan"]
     ref: str
-
-
-@attrs.frozen(slots=True)
-class Claim:
-    """What is stored under an idempotency key."""
-
-    fingerprint: bytes
-    event_id: EventId
-    state: Literal["started", "completed", "not_replayable"]
-    status: int | None
-    head: bytes | None
-    body: bytes | None
-    charge: Stroops | None
-    expires_at: datetime
-    event_open: bool
-    """True while the hold of the attempt that made the claim is open."""
 
 
 def _key(row: Row) -> KeyRecord:
@@ -204,23 +180,6 @@ class Reads:
         """Return the changes after a version, in commit order and without gaps."""
         rows = await self._database.fetch(_CHANGES, after)
         return [CatalogueChange(row["version"], row["kind"], row["ref"]) for row in rows]
-
-    async def claim(self, vault_id: VaultId, key: str) -> Claim | None:
-        """Return what is stored under a vault's idempotency key."""
-        row = await self._database.fetch_row(_CLAIM, vault_id, key)
-        if row is None:
-            return None
-        return Claim(
-            fingerprint=row["fingerprint"],
-            event_id=EventId(str(row["event_id"])),
-            state=row["state"],
-            status=row["status"],
-            head=row["head"],
-            body=row["body"],
-            charge=row["charge"],
-            expires_at=row["expires_at"],
-            event_open=row["event_state"] == "held",
-        )
 
     async def ledger_drift(self) -> int:
         """Return what the ledger is off by, stroops, which is 0. Reads every event."""
