@@ -212,9 +212,7 @@ class CallFlow:
                 body = RequestBody(client, request, self._settings.body_bytes_max)
                 call = Call(client, request, request_id, event_id, body, started)
                 reusable = await self.admit(call)
-                if not reusable and not body.done:
-                    await client.linger()
-                return reusable
+                return reusable if body.done else await body.leave(reusable=reusable)
             except Refused as error:
                 # With its traceback, or its cause's, it would hold this frame, which holds it: garbage that only a
                 # collector finds, and whoever is refused may ask a thousand times a second.
@@ -812,7 +810,7 @@ class CallFlow:
             and not self._admission.draining
             and call is not None
             and not client.gone
-            and (call.body.done or not call.body.awaits_continue)
+            and (call.body.done or not (call.body.awaits_continue or call.body.too_long_to_drop))
         )
         bodiless = request.method == "HEAD"
         try:
@@ -821,14 +819,13 @@ class CallFlow:
             )
             message = head if bodiless else head + document
             await (client.send_last(message) if reusable else client.send(message))
-            if call is None or not call.body.done:
-                # What is left of the request is read behind the answer: its sender may wait for the answer first.
-                reusable = reusable and call is not None and await call.body.discard()
-                if not reusable:
-                    await client.linger()
+            # What is left of the request is read behind the answer: its sender may wait for the answer first.
+            if call is not None:
+                return await call.body.leave(reusable=reusable)
+            await client.linger()
         except ClientGone:
-            return False
-        return reusable
+            pass
+        return False
 
     def _closes(self, call: Call) -> bool:
         """Tell whether the connection ends with this answer."""
@@ -837,6 +834,7 @@ class CallFlow:
             or self._admission.draining
             or call.client.gone
             or (not call.body.done and not call.request.chunked and call.body.awaits_continue)
+            or call.body.too_long_to_drop
         )
 
     def _own_lines(self, call: Call) -> bytes:

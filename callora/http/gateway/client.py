@@ -12,6 +12,7 @@ from callora.http.gateway.wire import Wire, WireBroken
 LINGER_BYTES_MAX: Final = 4_194_304
 LINGER_SECONDS_MAX: Final = 1.0
 DISCARD_BYTES_MAX: Final = 65_536
+DISCARD_SECONDS_MAX: Final = 5.0
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 FOREVER: Final = float("inf")
@@ -287,18 +288,39 @@ class RequestBody:
                 return None
         return b"".join(taken)
 
-    async def discard(self) -> bool:
-        """Read a small rest and drop it; return False when the connection is of no more use."""
-        if self._continue_due or (not self.done and self._client.gone):
+    @property
+    def too_long_to_drop(self) -> bool:
+        """True where it is known that more is to come than is read behind an answer that did not wait for it."""
+        return isinstance(self._reader, LengthReader) and self._reader.remaining > DISCARD_BYTES_MAX
+
+    async def leave(self, *, reusable: bool) -> bool:
+        """After the answer: drop what is left, so that the next request can be found, or that the answer arrives.
+
+        Args:
+            reusable: whether the connection goes on but for this body.
+
+        Returns:
+            Whether it does.
+        """
+        if self.done:
+            return reusable
+        if reusable and await self._drop_rest():
+            return True
+        await self._client.linger()
+        return False
+
+    async def _drop_rest(self) -> bool:
+        if self._continue_due or self._client.gone:
             return False
         before = self.received_bytes
-        try:
-            while await self.pieces():
-                if self.received_bytes - before > DISCARD_BYTES_MAX:
-                    return False
-        except (BadBody, ClientGone):
-            return False
-        return True
+        with trio.move_on_after(DISCARD_SECONDS_MAX):  # a drain waits for it
+            try:
+                while await self.pieces():
+                    if self.received_bytes - before > DISCARD_BYTES_MAX:
+                        return False
+            except (BadBody, ClientGone):
+                return False
+        return self.done
 
     async def _receive(self) -> bytes:
         client = self._client

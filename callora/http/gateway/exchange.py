@@ -301,15 +301,13 @@ class Exchange:
         self.drop()
         if not told:
             raise AnswerCut
-        return self._request.keep_alive and chunked and self._body.done and not client.gone
+        return self._request.keep_alive and chunked and not client.gone
 
     @property
     def _reusable(self) -> bool:
-        """True when the client can tell where this answer ends, and has nothing of its request left to send."""
-        return (
-            self._body.done
-            and self._request.keep_alive
-            and (self._request.minor == 1 or self.answer.content_length is not None or self._bodiless)
+        """True when the client can tell where this answer ends; it may have something of its request left to send."""
+        return self._request.keep_alive and (
+            self._request.minor == 1 or self.answer.content_length is not None or self._bodiless
         )
 
     @property

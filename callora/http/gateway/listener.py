@@ -302,7 +302,7 @@ class Listener:
                 keep_cookies_and_keys=True,
             )
             await exchange.send(pool, head, b"", REST_SECONDS, REST_SECONDS)
-            return await self._answer_from_rest(client, request, exchange)
+            return await body.leave(reusable=await self._answer_from_rest(request, body, exchange))
         except Refused as error:
             refused = error
         except BadBody as error:
@@ -329,10 +329,10 @@ class Listener:
             return False
         return False
 
-    async def _answer_from_rest(self, client: ClientConnection, request: RequestHead, exchange: Exchange) -> bool:
+    async def _answer_from_rest(self, request: RequestHead, body: RequestBody, exchange: Exchange) -> bool:
         async def answer() -> bool:
             await exchange.read_head(REST_SECONDS)
-            close = not request.keep_alive or self._draining or exchange.ends_by_close
+            close = not request.keep_alive or self._draining or exchange.ends_by_close or body.too_long_to_drop
             head = answer_head(
                 exchange.answer.status,
                 exchange.answer.reason,
