@@ -210,7 +210,8 @@ class VaultStore:
             refusing: whether something will be refused by what is returned, and not only allowed.
 
         Raises:
-            StoreUnavailable: nothing was read. OutcomeUnknown: a grant may have been renewed, which does no harm.
+            StoreUnavailable: nothing was read. StoreRefused: its grants cannot be renewed. OutcomeUnknown: they may
+                have been, which does no harm.
         """
         now = self._clock.now()
         if known is not None and _still_rules(known, state, now, credited=credited):
