@@ -185,6 +185,9 @@ async def _start(stack: Stack, plan: Plan, up: AsyncExitStack) -> list[Lane]:
             hot = attrs.evolve(gateway.target, keys=write_keys(stack.directory / "hot.keys", tenant.api_keys[:1]))
             title = "the same, one vault for all calls"
             ours.append(Lane("d1", title, hot, gateway.child, gateway, connections=(HOT_CONNECTIONS,)))
+            keyed = attrs.evolve(gateway.target, keyed=True)
+            title = "the same, an Idempotency-Key a call"
+            ours.append(Lane("dk", title, keyed, gateway.child, gateway, connections=(HOT_CONNECTIONS,)))
     target = ours[-1].target
     nginx = await up.enter_async_context(
         peer(stack.tools["nginx"], stack.directory / "peer", stack.upstream, tenant.api_keys, cores=[GATEWAY_CORE])

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
+from uuid import uuid4
 
 import attrs
 import trio
@@ -22,9 +23,13 @@ if #keys > 1 then
             requests[i] = wrk.format("GET", nil, {["X-Api-Key"] = key, ["Host"] = wrk.headers["Host"]})
         end
     end
+    local intent, intents = os.getenv("BENCH_INTENT"), 0
     function request()
         turn = turn % #requests + 1
-        return requests[turn]
+        if intent == nil then return requests[turn] end
+        intents = intents + 1
+        local line = "\\r\\nIdempotency-Key: " .. intent .. "-" .. intents .. "\\r\\n\\r\\n"
+        return (requests[turn]:gsub("\\r\\n\\r\\n", line, 1))
     end
 elseif #keys == 1 then
     wrk.headers["X-Api-Key"] = keys[1]
@@ -52,6 +57,8 @@ class Target:
     """Path of the call."""
     keys: Path
     """File with one API key a line; calls walk through them in turn. Empty for calls without a key."""
+    keyed: bool = False
+    """Whether each call has an Idempotency-Key of its own; there are several API keys then."""
 
 
 @attrs.frozen
@@ -111,6 +118,7 @@ async def run_wrk(wrk: str, target: Target, *, connections: int, seconds: float,
     """
     script = directory / "wrk.lua"
     script.write_text(_SCRIPT)
+    environ = {"BENCH_KEYS": str(target.keys)} | ({"BENCH_INTENT": uuid4().hex} if target.keyed else {})
     completed = await trio.run_process(
         [
             *(wrk, "--threads", "1", "--connections", str(connections), "--duration", f"{max(1, round(seconds))}s"),
@@ -119,7 +127,7 @@ async def run_wrk(wrk: str, target: Target, *, connections: int, seconds: float,
         capture_stdout=True,
         stderr=subprocess.STDOUT,
         check=False,
-        env={"BENCH_KEYS": str(target.keys)},
+        env=environ,
     )
     output = completed.stdout.decode(errors="replace")
     report = next((line for line in output.splitlines() if line.startswith(_MARK)), None)

@@ -138,11 +138,11 @@ def _calls(results: Results, letter: str) -> Figure | None:
     return Figure(paid.calls_per_second.median / other.calls_per_second.median, f"{note}; one hot vault {hot:.0f}/s")
 
 
-def _limited(results: Results) -> Figure | None:
+def _beside_paid(results: Results, letter: str) -> Figure | None:
     if results.lanes is None:
         return None
-    limited, paid = _lane(results, "dl").calls_per_second.median, _lane(results, "d").calls_per_second.median
-    return Figure(limited / paid, f"{limited:.0f}/s beside {paid:.0f}/s")
+    this, paid = _lane(results, letter).calls_per_second.median, _lane(results, "d").calls_per_second.median
+    return Figure(this / paid, f"{this:.0f}/s beside {paid:.0f}/s")
 
 
 def _rounds(results: Results, vaults: Literal["hot", "many"]) -> Figure | None:
@@ -262,7 +262,8 @@ ROWS: Final = (
     Row("2", "(d) paid ÷ (n) nginx, calls per CPU second", "", 0.15, 0.40, True, lambda r: _per_cpu(r, "d")),
     Row("3", "(d) paid ÷ (b) proxy only, calls/s", "", 0.33, 0.75, True, lambda r: _calls(r, "b")),
     Row("4", "(d) paid ÷ (x) naive stack, calls/s", "", 30, 80, True, lambda r: _calls(r, "x")),
-    Row("4b", "(d) with all limits and a plan ÷ without, calls/s", "", 0.9, 1.0, True, _limited),
+    Row("4b", "(d) with all limits and a plan ÷ without, calls/s", "", 0.9, 1.0, True, lambda r: _beside_paid(r, "dl")),
+    Row("4c", "(d) with an Idempotency-Key ÷ without, calls/s", "", 0.6, 0.8, True, lambda r: _beside_paid(r, "dk")),
     Row("5a", "rounds ÷ transaction per call, one hot vault", "", 25, 80, True, lambda r: _rounds(r, "hot")),
     Row("5b", "rounds ÷ transaction per call, many vaults", "", 20, 50, True, lambda r: _rounds(r, "many")),
     Row("6", "holds + captures: one hot vault ÷ many vaults", "", 0.8, 1.0, True, _hot_over_many),
