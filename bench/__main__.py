@@ -11,6 +11,7 @@ import trio
 
 from bench.bodies import run_bodies
 from bench.history import run_history
+from bench.intents import run_intents
 from bench.lanes import run_lanes
 from bench.latency import run_latency
 from bench.ledger import run_ledger
@@ -57,6 +58,10 @@ async def _workers(stack: Stack, plan: Plan, progress: Progress, results: Result
     results.workers = await run_workers(stack, plan, progress)
 
 
+async def _intents(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
+    results.intents = await run_intents(stack, plan, progress)
+
+
 async def _start(stack: Stack, plan: Plan, progress: Progress, results: Results) -> None:
     results.start = await run_start(stack, plan, progress)
 
@@ -87,6 +92,7 @@ SECTIONS: Final[dict[str, Section]] = {
     "open-loop": _latency,
     "bodies": _bodies,
     "workers": _workers,
+    "intents": _intents,
     "start": _start,
     "memory": _memory,
     "usage": _usage,

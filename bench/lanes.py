@@ -165,10 +165,15 @@ async def run_lanes(stack: Stack, plan: Plan, progress: Progress) -> list[LaneFi
     """
     async with AsyncExitStack() as up:
         lanes = await _start(stack, plan, up)
-        for lane in lanes:
-            async with lane.awake(stack.postgres):
-                await run_wrk(stack.tools["wrk"], lane.target, connections=64, seconds=1, directory=stack.directory)
-        return await _interleave(stack, plan, progress, lanes)
+        await settle_in(stack, lanes)
+        return await interleave(stack, plan, progress, lanes)
+
+
+async def settle_in(stack: Stack, lanes: Sequence[Lane]) -> None:
+    """Have each lane serve a second of calls that are not counted, and then stand still until it is measured."""
+    for lane in lanes:
+        async with lane.awake(stack.postgres):
+            await run_wrk(stack.tools["wrk"], lane.target, connections=64, seconds=1, directory=stack.directory)
 
 
 async def _start(stack: Stack, plan: Plan, up: AsyncExitStack) -> list[Lane]:
@@ -185,9 +190,6 @@ async def _start(stack: Stack, plan: Plan, up: AsyncExitStack) -> list[Lane]:
             hot = attrs.evolve(gateway.target, keys=write_keys(stack.directory / "hot.keys", tenant.api_keys[:1]))
             title = "the same, one vault for all calls"
             ours.append(Lane("d1", title, hot, gateway.child, gateway, connections=(HOT_CONNECTIONS,)))
-            keyed = attrs.evolve(gateway.target, keyed=True)
-            title = "the same, an Idempotency-Key a call"
-            ours.append(Lane("dk", title, keyed, gateway.child, gateway, connections=(HOT_CONNECTIONS,)))
     target = ours[-1].target
     nginx = await up.enter_async_context(
         peer(stack.tools["nginx"], stack.directory / "peer", stack.upstream, tenant.api_keys, cores=[GATEWAY_CORE])
@@ -202,7 +204,8 @@ async def _start(stack: Stack, plan: Plan, up: AsyncExitStack) -> list[Lane]:
     ]
 
 
-async def _interleave(stack: Stack, plan: Plan, progress: Progress, lanes: Sequence[Lane]) -> list[LaneFigure]:
+async def interleave(stack: Stack, plan: Plan, progress: Progress, lanes: Sequence[Lane]) -> list[LaneFigure]:
+    """Return each lane's figures at each of its numbers of connections, measured in turns."""
     rows = [(lane, count) for count in plan.connections for lane in lanes if count in (lane.connections or (count,))]
     samples: list[list[Sample]] = [[] for _ in rows]
     complaints: list[list[str]] = [[] for _ in rows]
