@@ -19,24 +19,17 @@ from callora.ledger.money import Stroops
 from callora.ledger.rounds import CLEAN, NO_CEILING, RoundResult, Share
 from callora.ledger.vault import VaultState
 from callora.store.bridge import Row
+from callora.store.by_key import BY_KEY
 from callora.store.states import GUARDING, state_of, whole_state_of
 
 ROUND_SECONDS_MAX: Final = 15
 """The server ends a round that takes longer, so that one whose writer gave up on it is not stored at any later time."""
 
 LINE_SETTINGS: Final[Mapping[str, str]] = {
-    # The plan is made once and kept: one made for the arrays of a first round on empty tables would not stay good.
-    "plan_cache_mode": "force_generic_plan",
-    "enable_seqscan": "off",
-    "enable_hashjoin": "off",
-    "enable_mergejoin": "off",
-    # A bitmap goes by the index too, but looks at every old version of a vault's row that the index still names, and
-    # never marks one as dead, as an index scan does: thousands where vaults are few and busy.
-    "enable_bitmapscan": "off",
+    **BY_KEY,
     # PostgreSQL 18 (seen with 18.4) crashes where a row lock had to be waited for in a statement that prunes partitions
     # while it runs. Every month is looked at instead.
     "enable_partition_pruning": "off",
-    "jit": "off",
     "statement_timeout": f"{ROUND_SECONDS_MAX}s",
 }
 

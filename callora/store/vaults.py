@@ -48,11 +48,11 @@ from callora.ledger.rounds import CLEAN, RoundResult, Share
 from callora.ledger.spending import SpendingLimits
 from callora.ledger.vault import VaultState, carry
 from callora.store.bridge import Connection, Database, Line, Row
+from callora.store.by_key import GO_BY_KEY
 from callora.store.counters import rate
 from callora.store.outbox import Event, add_events, iso
 from callora.store.purses import COLUMNS, purse_of, setting, values_of
 from callora.store.quotas import grant, renew
-from callora.store.reads.dated import BY_VAULT
 from callora.store.reads.quotas import Terms, terms
 from callora.store.reads.spending import spending_limits
 from callora.store.rounds import result_of, statement_of
@@ -243,7 +243,7 @@ class VaultStore:
 
     async def _renew_all(self, vault_ids: Sequence[VaultId]) -> None:
         async with self._database.transaction() as connection:
-            await connection.execute(BY_VAULT)
+            await connection.execute(GO_BY_KEY)
             await connection.fetch(_LOCK_MANY, vault_ids)
             await renew(connection, vault_ids, self._clock.now())
 
@@ -251,7 +251,7 @@ class VaultStore:
         """Return vaults with their rules, and None for those whose grants are to be renewed first."""
         now, states = self._clock.now(), [state for state, _ in asked]
         async with self._database.transaction() as connection:
-            await connection.execute(BY_VAULT)
+            await connection.execute(GO_BY_KEY)
             found = await terms(connection, states, now, {state.vault_id for state, credited in asked if credited})
             due = {vault_id for vault_id, each in found.items() if each.due}
             counted = await _with_rules(connection, [each for each in states if each.vault_id not in due], found, now)
@@ -260,7 +260,7 @@ class VaultStore:
     async def _guard(self, connection: Connection, state: VaultState, *, credited: bool) -> _Counted:
         """Return a vault whose row is locked with its rules, its quota renewed where that is due."""
         now = self._clock.now()
-        await connection.execute(BY_VAULT)
+        await connection.execute(GO_BY_KEY)
         found = await terms(connection, [state], now, {state.vault_id} if credited else ())
         if state.vault_id in found and found[state.vault_id].due:
             await renew(connection, [state.vault_id], now)

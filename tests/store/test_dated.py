@@ -14,8 +14,9 @@ from callora.ledger.ids import EventId, Ids, UserId, VaultId, least_id
 from callora.ledger.spending import LENGTHS, PERIODS
 from callora.store import accounts, usage
 from callora.store.bridge import Connection, Database
+from callora.store.by_key import GO_BY_KEY
 from callora.store.reads import quotas, spending
-from callora.store.reads.dated import BY_VAULT, dated_events, of_each
+from callora.store.reads.dated import dated_events, of_each
 from tests.simulation.ledgers import NOON, TestClock
 
 _ADD: Final = """
@@ -80,7 +81,7 @@ async def test_every_event_of_the_time_is_found_once_however_far_its_id_has_stra
     others = [id_made(at) for at in placed.values()]
     await database.execute(_ADD, other, others, list(placed.values()))
     async with database.transaction() as connection:
-        await connection.execute(BY_VAULT)
+        await connection.execute(GO_BY_KEY)
         for since in (*edges, edges[0] - MICROSECOND, edges[0] + MICROSECOND):
             expected = {event_id for event_id, at in placed.items() if at >= since}
             assert await found(connection, _SINCE, vault_id, since) == expected
@@ -109,7 +110,7 @@ async def test_what_is_counted_before_a_decision_is_looked_up_by_the_vaults_own_
         async with database.acquire() as connection:
             await connection.execute("VACUUM ANALYZE")
     async with database.transaction() as connection:
-        await connection.execute(BY_VAULT)
+        await connection.execute(GO_BY_KEY)
         await connection.execute(f"PREPARE look AS {statement}")
         nothing = ", ".join(["NULL"] * parameters)
         text = await connection.fetch_value(f"EXPLAIN (FORMAT JSON) EXECUTE look({nothing})")
@@ -136,7 +137,7 @@ async def test_others_calls_of_these_minutes_cost_a_look_nothing(database: Datab
     now = NOON + timedelta(minutes=1)
     starts: Sequence[datetime] = [now - LENGTHS[period] for period in PERIODS]
     async with database.transaction() as connection:
-        await connection.execute(BY_VAULT)
+        await connection.execute(GO_BY_KEY)
         sql = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {spending.ACCOUNT}"
         text = await connection.fetch_value(sql, [vault_id], PERIODS, starts, None)
     plan = json.loads(text)[0]["Plan"]

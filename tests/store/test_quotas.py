@@ -23,7 +23,7 @@ from callora.ledger.commands import (
     expire,
     release,
 )
-from callora.ledger.faults import StoreRefused
+from callora.ledger.faults import StoreRefused, StoreUnavailable
 from callora.ledger.ids import ApiKeyId, VaultId
 from callora.ledger.money import Stroops
 from callora.ledger.outcomes import (
@@ -264,6 +264,20 @@ async def test_a_vault_whose_grants_cannot_be_renewed_is_no_other_vaults_fault(a
             nursery.start_soon(guarded, number)
     assert isinstance(came_to.pop(2), StoreRefused)
     assert [state.credits for state in came_to.values() if isinstance(state, VaultState)] == [10, 10, 10, 10]
+
+
+async def test_grants_that_stay_due_however_often_they_are_renewed_end_in_a_fault(
+    at: Spenders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def renews_nothing(_: Connection, vault_ids: Sequence[VaultId], __: datetime) -> dict[VaultId, int]:
+        await trio.lowlevel.checkpoint()
+        return dict.fromkeys(vault_ids, 0)
+
+    monkeypatch.setattr("callora.store.vaults.renew", renews_nothing)
+    assert isinstance(await at.ledger.locked(at.vault_id, SetPlan("ten", Stroops(0), "r")), PlanSet)
+    state = await at.ledger.state(at.vault_id)
+    with pytest.raises(StoreUnavailable, match="due however often"):
+        await at.ledger.store.load_guarded(state, None, credited=True, refusing=False)
 
 
 # --- burning ----------------------------------------------------------------------------------------------------------

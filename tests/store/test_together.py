@@ -118,6 +118,24 @@ async def test_who_is_cancelled_takes_nobodys_answer_with_him(under_way: bool) -
     assert asked.told[3] == ["answer 3"]
 
 
+async def test_a_crash_is_everybodys_own_and_nobody_waits_for_ever() -> None:
+    asked = Asked()
+    asked.faults = [ValueError("a bug")] * 3
+    crashes = 0
+
+    async def one(number: int) -> None:
+        nonlocal crashes
+        with pytest.raises(ValueError, match="a bug"):
+            await asked.together.ask(number)
+        crashes += 1
+
+    async with trio.open_nursery() as nursery:
+        for number in range(3):
+            nursery.start_soon(one, number)
+            asked.gate.release()
+    assert crashes == 3
+
+
 async def test_of_many_who_are_cancelled_one_after_another_the_last_is_told() -> None:
     asked = Asked()
     async with trio.open_nursery() as nursery:

@@ -10,25 +10,16 @@ from callora.ledger.faults import OutcomeUnknown, StoreUnavailable
 from callora.ledger.ids import EventId, VaultId
 from callora.ledger.money import Stroops
 from callora.store.bridge import Database, Line, Row
+from callora.store.by_key import BY_KEY
 from callora.store.together import Together
 
 CLAIMS_TOGETHER_MAX: Final = 256
 
-CLAIMS_SETTINGS: Final[Mapping[str, str]] = {
-    # As for rounds: the plan is made once and kept, and must be good for tables of any size.
-    "plan_cache_mode": "force_generic_plan",
-    "enable_seqscan": "off",
-    "enable_hashjoin": "off",
-    "enable_mergejoin": "off",
-    "enable_bitmapscan": "off",
-    "jit": "off",
-    "default_transaction_read_only": "on",
-}
-
-# The event of a claim is looked up for an attempt that has not ended, or never will; a CASE is not turned into a join.
+CLAIMS_SETTINGS: Final[Mapping[str, str]] = {**BY_KEY, "default_transaction_read_only": "on"}
 SMALL_BYTES_MAX: Final = 16 * 1024
 """Answers up to this come with their claim; larger ones are read one by one, so that no look brings many of them."""
 
+# The event is looked up for an attempt that has not ended, or never will; a CASE is not turned into a join.
 CLAIMS: Final = """
 SELECT w.place, i.fingerprint, i.event_id, i.state, i.charge, i.expires_at, s.*,
        CASE i.state WHEN 'started' THEN (SELECT u.state = 'held' FROM usage_events u

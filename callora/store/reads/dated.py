@@ -13,12 +13,6 @@ from callora.store.reads.calls import least_id_sql
 _SLACK: Final = "interval '11 seconds'"
 """A little more than what `has_strayed` lets pass, so that what is rounded here and there never falls between."""
 
-BY_VAULT: Final = """
-SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_hashjoin = off;
-SET LOCAL enable_mergejoin = off; SET LOCAL jit = off; SET LOCAL plan_cache_mode = force_generic_plan
-"""
-"""One plan for all, which has no other way than the keys: bitmaps off leave the index of dates out."""
-
 EVENT_OF: Final = "(SELECT * FROM usage_events WHERE vault_id = v.vault_id AND event_id = {}.event_id OFFSET 0)"
 """One event of the vault, by its key: OFFSET 0 keeps the planner from beginning with all of the vault's."""
 

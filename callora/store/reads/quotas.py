@@ -76,7 +76,7 @@ async def terms(
     """Return the quotas of vaults, of those that have grants and those of which they are wanted.
 
     Args:
-        connection: inside a transaction that goes `BY_VAULT`.
+        connection: inside a transaction that goes by key (`GO_BY_KEY`).
         vaults: as they were read before.
         wanted: in which of them something priced in credits is to be decided.
 

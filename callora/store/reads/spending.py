@@ -25,7 +25,8 @@ from callora.ledger.spending import LENGTHS, PERIODS, Period, Spending, Spending
 from callora.ledger.vault import VaultState
 from callora.store.bridge import Connection
 from callora.store.bridge import Database as Database  # HTTP names what it passes on
-from callora.store.reads.dated import BY_VAULT, EVENT_OF, dated_events, of_each
+from callora.store.by_key import GO_BY_KEY
+from callora.store.reads.dated import EVENT_OF, dated_events, of_each
 
 _COSTS: Final = "CASE u.state WHEN 'held' THEN u.held_amount ELSE coalesce(u.amount, 0) END"
 
@@ -159,7 +160,7 @@ async def spending_limits(
     """Return the limits of vaults and their keys with what was spent, of those vaults that have any.
 
     Args:
-        connection: inside a transaction that goes `BY_VAULT`.
+        connection: inside a transaction that goes by key (`GO_BY_KEY`).
         vaults: as they were read before.
 
     Raises:
@@ -198,8 +199,8 @@ async def account(
 async def counted(
     connection: Connection, vault_id: VaultId, api_key_id: ApiKeyId | None, now: datetime
 ) -> tuple[Account, ...]:
-    """Do the same inside a transaction, which goes `BY_VAULT` from then on."""
-    await connection.execute(BY_VAULT)
+    """Do the same inside a transaction, which goes by key from then on (`GO_BY_KEY`)."""
+    await connection.execute(GO_BY_KEY)
     rows = await connection.fetch(ACCOUNT, [vault_id], PERIODS, _starts(now), api_key_id)
     found = {row["period"]: row for row in rows}
     return tuple(
