@@ -1,6 +1,5 @@
 """A service that takes charges over REST is killed at random moments; every request is charged once in the end."""
 
-import json
 import random
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import trio
 
 from tests.proof.books import assert_audit_clean, books
-from tests.support.client import ClosedEarly, RawClient, request_bytes
+from tests.support.client import Insistent
 from tests.support.processes import CalloraProcess, callora, free_port
 from tests.support.service import running_service
 from tests.support.shop import UNLIMITED, endpoint_of
@@ -16,8 +15,6 @@ from tests.support.shop import UNLIMITED, endpoint_of
 WORKERS = 8
 PATH = "/api/billing/deduct"
 CENT = 100_000
-PAUSE_SECONDS = 0.05
-"""Between attempts to reach a port that nobody listens on."""
 CHARGES = 40
 """At least so many are made in each life of the service."""
 
@@ -38,38 +35,26 @@ async def test_defect_11_deducts_of_a_service_that_is_killed_are_each_charged_on
         consumer = await service.consumer("10000")
     stopping = trio.Event()
     told: dict[str, str] = {}
-    cut = 0
+    insistent = Insistent(port)
 
     async def work(worker: int) -> None:
-        nonlocal cut
         number = 0
         while not stopping.is_set():
             number += 1
             name = f"{worker}-{number}"
             body = {"requestId": name, "apiId": api_id, "endpointId": endpoint_id, "amountUsdc": "0.01"}
-            headers = [("X-User-Id", consumer.user_id), ("Content-Type", "application/json")]
+            headers = [("X-User-Id", consumer.user_id)]
             # One in two names its intent twice, by a key as well.
             keyed = [("Idempotency-Key", name)] if number % 2 else []
             while name not in told:
-                request = request_bytes("POST", PATH, [*headers, *keyed], json.dumps(body).encode())
-                sent = False
-                try:
-                    async with RawClient.connect("127.0.0.1", port) as client:
-                        sent = True
-                        await client.send(request)
-                        response = await client.read_response("POST")
-                except (OSError, trio.BrokenResourceError, ClosedEarly):
-                    cut += sent
-                    await trio.sleep(0 if sent else PAUSE_SECONDS)
-                    continue
-                answer = json.loads(response.body)
-                if response.status == 200:
+                status, answer = await insistent.post(PATH, [*headers, *keyed], body)
+                if status == 200:
                     told[name] = answer["usageEventId"]
                 elif answer["code"] == "IDEMPOTENCY_IN_PROGRESS":
                     # Its process has died at it: the key is taken over in a minute, the request by its name at once.
                     keyed = []
                 else:
-                    assert response.status in (503, 504), answer
+                    assert status in (503, 504), answer
 
     async def settled(process: CalloraProcess, count: int) -> None:
         await process.until(lambda: len(told) >= count, "more charges")
@@ -99,4 +84,4 @@ async def test_defect_11_deducts_of_a_service_that_is_killed_are_each_charged_on
     assert {row["request_id"]: row["event_id"] for row in charged} == told
     assert len(charged) == len(told)
     assert balance is not None and dict(balance) == {"available": 10_000 * 100 * CENT - len(told) * CENT, "held": 0}
-    print(f"{kills} kills, {cut} requests cut, {len(told)} charges")
+    print(f"{kills} kills, {insistent.cut} requests cut, {len(told)} charges")

@@ -1,6 +1,5 @@
 """A service is killed while charges are disputed and operators give them back; each is given back once in the end."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -9,19 +8,15 @@ import pytest
 import trio
 
 from tests.proof.books import assert_audit_clean, books
-from tests.support.client import ClosedEarly, RawClient, request_bytes, watchdog
+from tests.support.client import Headers, Insistent, watchdog
 from tests.support.processes import CalloraProcess, callora, free_port
 from tests.support.rest import ADMIN_KEY
 from tests.support.service import running_service
 from tests.support.shop import UNLIMITED, endpoint_of
 
-Headers = list[tuple[str, str]]
-
 WORKERS = 8
 PATH = "/api/billing/disputes"
 CENT = 100_000
-PAUSE_SECONDS = 0.05
-"""Between attempts to reach a port that nobody listens on."""
 DISPUTES_A_LIFE = 20
 """At least so many are decided in each life of the service."""
 
@@ -44,28 +39,15 @@ async def test_disputes_of_a_service_that_is_killed_are_each_given_back_once(
     stopping = trio.Event()
     events: set[str] = set()
     decided: set[str] = set()
-    cut, left = 0, 0
+    insistent, left = Insistent(port), 0
 
     async def insist(headers: Headers, path: str, body: object, *final: int) -> tuple[int, Any]:
         """Ask until there is an answer that is final."""
-        nonlocal cut
-        request = request_bytes(
-            "POST", path, [*headers, ("Content-Type", "application/json")], json.dumps(body).encode()
-        )
         while True:
-            sent = False
-            try:
-                async with RawClient.connect("127.0.0.1", port) as client:
-                    sent = True
-                    await client.send(request)
-                    response = await client.read_response("POST")
-            except (OSError, trio.BrokenResourceError, ClosedEarly):
-                cut += sent
-                await trio.sleep(0 if sent else PAUSE_SECONDS)
-                continue
-            if response.status in final:
-                return response.status, json.loads(response.body)
-            assert response.status in (503, 504), response
+            status, answer = await insistent.post(path, headers, body)
+            if status in final:
+                return status, answer
+            assert status in (503, 504), answer
 
     async def work(worker: int) -> None:
         nonlocal left
@@ -132,4 +114,4 @@ async def test_disputes_of_a_service_that_is_killed_are_each_given_back_once(
     ]
     assert balance is not None
     assert dict(balance) == {"available": 10_000 * 100 * CENT, "held": 0}, "all that was paid came back"
-    print(f"{kills} kills, {cut} requests cut, {len(decided)} disputes, {left} found half-way by a retry")
+    print(f"{kills} kills, {insistent.cut} requests cut, {len(decided)} disputes, {left} found half-way by a retry")

@@ -1,6 +1,5 @@
 """A service that keeps holds for others is killed at random moments; every hold is settled once in the end."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import trio
 
 from callora.ledger.money import parse_usdc
 from tests.proof.books import assert_audit_clean, books
-from tests.support.client import ClosedEarly, RawClient, request_bytes
+from tests.support.client import Insistent
 from tests.support.processes import callora, free_port
 from tests.support.rest import SERVICE_TOKEN
 from tests.support.service import running_service
@@ -19,8 +18,6 @@ from tests.support.shop import UNLIMITED, endpoint_of
 WORKERS = 8
 HOLDS = "/api/billing/holds"
 CENT = 100_000
-PAUSE_SECONDS = 0.05
-"""Between attempts to reach a port that nobody listens on."""
 SETTLED = 40
 """At least so many are settled in each life of the service."""
 
@@ -40,27 +37,16 @@ async def test_holds_of_a_service_that_is_killed_are_each_settled_once(
         consumer = await service.consumer("10000")
     stopping = trio.Event()
     told: dict[str, tuple[str, int]] = {}
-    cut = 0
+    insistent = Insistent(port)
 
     async def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Send a request until it is answered."""
-        nonlocal cut
-        headers = [("Authorization", f"Bearer {SERVICE_TOKEN}"), ("Content-Type", "application/json")]
+        headers = [("Authorization", f"Bearer {SERVICE_TOKEN}")]
         while True:
-            sent = False
-            try:
-                async with RawClient.connect("127.0.0.1", port) as client:
-                    sent = True
-                    await client.send(request_bytes("POST", path, headers, json.dumps(body).encode()))
-                    response = await client.read_response("POST")
-            except (OSError, trio.BrokenResourceError, ClosedEarly):
-                cut += sent
-                await trio.sleep(0 if sent else PAUSE_SECONDS)
-                continue
-            answer: dict[str, Any] = json.loads(response.body)
-            if response.status in (200, 201):
-                return answer
-            assert response.status in (503, 504), answer
+            status, answer = await insistent.post(path, headers, body)
+            if status in (200, 201):
+                return answer  # type: ignore[no-any-return]
+            assert status in (503, 504), answer
 
     async def work(worker: int) -> None:
         number = 0
@@ -110,4 +96,4 @@ async def test_holds_of_a_service_that_is_killed_are_each_settled_once(
     assert {amount for _, amount in told.values()} == {0, CENT, 2 * CENT, 3 * CENT}
     spent = sum(amount for _, amount in told.values())
     assert balance is not None and dict(balance) == {"available": 10_000 * 100 * CENT - spent, "held": 0}
-    print(f"{kills} kills, {cut} requests cut, {len(told)} holds settled")
+    print(f"{kills} kills, {insistent.cut} requests cut, {len(told)} holds settled")

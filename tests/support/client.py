@@ -19,6 +19,8 @@ import trio
 
 WATCHDOG_SECONDS: Final = 60.0
 HEAD_LENGTH_MAX: Final = 1 << 20
+RECONNECT_SECONDS: Final = 0.05
+"""Between attempts to reach a port that nobody listens on."""
 Headers = list[tuple[str, str]]
 
 
@@ -453,3 +455,29 @@ async def call(
     async with RawClient.connect(host, port, watchdog_seconds=watchdog_seconds) as client:
         await client.send(request_bytes(method, path, headers, body, host=f"{host}:{port}"))
         return await client.read_response(method)
+
+
+@attrs.define
+class Insistent:
+    """Posts JSON to a service that may be killed at any moment, until there is an answer."""
+
+    port: int
+    cut: int = 0
+    """How many requests were sent and not answered."""
+
+    async def post(self, path: str, headers: Headers, body: object) -> tuple[int, Any]:
+        """Return the first answer's status and body."""
+        lines = [*headers, ("Content-Type", "application/json")]
+        request = request_bytes("POST", path, lines, json.dumps(body).encode())
+        while True:
+            sent = False
+            try:
+                async with RawClient.connect("127.0.0.1", self.port) as client:
+                    sent = True
+                    await client.send(request)
+                    response = await client.read_response("POST")
+            except (OSError, trio.BrokenResourceError, ClosedEarly):
+                self.cut += sent
+                await trio.sleep(0 if sent else RECONNECT_SECONDS)
+                continue
+            return response.status, json.loads(response.body)
